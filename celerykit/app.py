@@ -1,0 +1,339 @@
+"""
+The app: a real ``celery.Celery`` that reads its settings and makes typed tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
+
+import celery
+import celery.app.task
+from celery.app.backends import BACKEND_ALIASES
+from celery.loaders.app import AppLoader
+from celery.utils.imports import gen_task_name
+from kombu.transport import TRANSPORT_ALIASES
+
+from celerykit import bulk
+from celerykit.call import Step
+from celerykit.canvas import Signature
+from celerykit.contract import Contract, UnresolvedAnnotation
+from celerykit.errors import InvalidOptions
+from celerykit.options import by_new_name, command_options, config_name, option_table
+from celerykit.publishing import UnreachableBroker, transport_options
+from celerykit.result import GroupResult, Result, ResultSet
+from celerykit.settings import load
+from celerykit.task import AsyncTask, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from celerykit.settings import Settings
+
+__all__ = ["CeleryKit", "Loader", "TaskOptions", "shared_task"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Threads that `Task.adelay` publishes on; as many as Celery's pool has connections to the broker.
+_PUBLISHERS = 10
+
+
+class TaskOptions(TypedDict, total=False):
+    """The options a task can be declared with."""
+
+    name: str
+    base: type[celery.app.task.Task]
+    strict: bool
+    shared: bool
+    lazy: bool
+    filter: Callable[[Any], Any]
+    queue: str
+    exchange: str
+    routing_key: str
+    priority: int
+    expires: float
+    serializer: str
+    compression: str
+    ignore_result: bool
+    store_errors_even_if_ignored: bool
+    track_started: bool
+    trail: bool
+    send_events: bool
+    acks_late: bool
+    acks_on_failure: bool
+    acks_on_timeout: bool
+    acks_on_failure_or_timeout: bool
+    reject_on_worker_lost: bool
+    retry_on_worker_lost: bool
+    time_limit: float
+    soft_time_limit: float
+    rate_limit: str
+    throws: tuple[type[BaseException], ...]
+    typing: bool
+    max_retries: int | None
+    default_retry_delay: float
+    autoretry_for: tuple[type[BaseException], ...]
+    dont_autoretry_for: tuple[type[BaseException], ...]
+    retry_kwargs: Mapping[str, Any]
+    retry_backoff: bool | int
+    retry_backoff_max: int
+    retry_jitter: bool
+    resultrepr_maxsize: int
+    Strategy: str
+    Request: Any
+    backend: Any
+    pydantic: bool
+    pydantic_strict: bool
+    pydantic_context: Mapping[str, Any]
+    pydantic_dump_kwargs: Mapping[str, Any]
+
+
+class Loader(AppLoader):
+    """Celery's loader, with result backends that do not slow publishing down."""
+
+    override_backends = {  # noqa: RUF012  (Celery's own attribute)
+        "redis": "celerykit.backends:RedisBackend",
+        "rediss": "celerykit.backends:RedisBackend",
+        "sentinel": "celerykit.backends:SentinelBackend",
+    }
+
+
+class _Bind(Protocol):
+    """Declares a function whose first parameter is its task."""
+
+    @overload
+    def __call__(self, fun: Callable[Concatenate[Task[..., Any], P], Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
+    @overload
+    def __call__(self, fun: Callable[Concatenate[Task[..., Any], P], R], /) -> Task[P, R]: ...
+
+
+class _Plain(Protocol):
+    """Declares a function."""
+
+    @overload
+    def __call__(self, fun: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
+    @overload
+    def __call__(self, fun: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class _Declare(Protocol):
+    """The decorator that makes tasks, with and without options."""
+
+    @overload
+    def __call__(self, fun: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...
+    @overload
+    def __call__(self, fun: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, *, bind: Literal[True], **options: Unpack[TaskOptions]) -> _Bind: ...
+    @overload
+    def __call__(self, *, bind: Literal[False] = ..., **options: Unpack[TaskOptions]) -> _Plain: ...
+
+
+class CeleryKit(celery.Celery):
+    """
+    A Celery app whose tasks are typed and whose settings are checked.
+
+    Takes what ``celery.Celery`` takes. Nothing is read when it is made: the
+    environment is, once, when the configuration is first needed.
+
+    Args:
+        steps:
+            What else happens around each task: functions
+            ``step(call_next, call)``, the first one outermost.
+    """
+
+    task_cls = Task
+    loader_cls = "celerykit.app:Loader"
+
+    def __init__(self, main: str | None = None, *args: Any, steps: Sequence[Step] = (), **kwargs: Any) -> None:
+        # `steps` is Celery's name for what is added to a worker.
+        self.call_steps = tuple(steps)
+        self._settings: Settings | None = None
+        self._publishers: dict[int, ThreadPoolExecutor] = {}
+        super().__init__(main, *args, **kwargs)
+
+    def __reduce_keys__(self) -> dict[str, Any]:
+        return {**super().__reduce_keys__(), "steps": self.call_steps}
+
+    # Settings
+
+    @property
+    def settings(self) -> Settings:
+        """What was read from the environment, and where each value came from."""
+        if self._settings is None:
+            self.conf.finalize()
+        return cast("Settings", self._settings)
+
+    def prepare_config(self, c: Any) -> Any:
+        """Put the environment over the configuration object, and our defaults under it."""
+        config = by_new_name(c, namespace=self.namespace)
+        self._settings = load(
+            option_table(),
+            # What the constructor and `app.conf` were given before anything was read.
+            code=dict(self._preconf),
+            config=config,
+            config_source=config_name(self._config_source),
+            transports=TRANSPORT_ALIASES,
+            backends=BACKEND_ALIASES,
+            command_options=command_options,
+        )
+        return super().prepare_config(dict(self._settings.celery))
+
+    # Tasks
+
+    if TYPE_CHECKING:
+        task: _Declare
+    else:
+
+        def task(self, *args: Any, **options: Any) -> Any:
+            """
+            Make a task of a function.
+
+            Takes Celery's options, and ``strict=True`` for arguments that must be
+            of their types without conversion.
+
+            Raises:
+                InvalidContract: The function's signature cannot be a contract.
+
+                InvalidOptions: An option is misspelt, or would hide a method.
+            """
+            return _declaring(super().task, args, options, _namespace_of_caller(), self)
+
+    def enqueue_many(self, calls: Iterable[Signature[Any]]) -> list[Result[Any]]:
+        """
+        Send many calls together: the signatures of any typed tasks.
+
+        Raises:
+            InvalidPayload: One does not fit; nothing was sent.
+
+            EnqueueError: The broker failed; ``sent`` and ``uncertain`` say which calls it had taken.
+        """
+        return bulk.enqueue(self, calls)
+
+    @cached_property
+    def AsyncResult(self) -> Any:  # noqa: N802  (Celery's name)
+        """Celery's class of results, which here is typed when it knows its task."""
+        return self.subclass_with_self(Result, name="AsyncResult", reverse="AsyncResult")
+
+    @cached_property
+    def ResultSet(self) -> Any:  # noqa: N802  (Celery's name)
+        """Celery's class of several results, each of its own type."""
+        return self.subclass_with_self(ResultSet)
+
+    @cached_property
+    def GroupResult(self) -> Any:  # noqa: N802  (Celery's name)
+        """Celery's class of a group's results, each of its own type."""
+        return self.subclass_with_self(GroupResult)
+
+    # Publishing
+
+    def connection_for_write(self, url: Any = None, **kwargs: Any) -> Any:
+        """Connect to publish: as Celery does, but no wait on the broker is without an end."""
+        url = url or self.conf.broker_write_url
+        kit = self.settings.kit
+        ours = {} if kit.profile == "stock" else transport_options(url, kit.publish_deadline.total_seconds())
+        kwargs["transport_options"] = {
+            **ours,
+            **self.conf.broker_transport_options,
+            **(kwargs.get("transport_options") or {}),
+        }
+        return super().connection_for_write(url, **kwargs)
+
+    async def publish_in_thread(self, what: str, send: Callable[[], R]) -> R:
+        """
+        Run *send* on a thread, for no longer than a publish may take.
+
+        Raises:
+            EnqueueError: It took longer.
+        """
+        deadline = self.settings.kit.publish_deadline.total_seconds()
+        future = self._publisher.submit(contextvars.copy_context().run, send)
+        try:
+            async with asyncio.timeout(deadline):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            started = not future.cancelled()
+            raise UnreachableBroker(
+                f"{what}: the broker did not take the message within {deadline:g} s "
+                f"(CELERYKIT_PUBLISH_DEADLINE). The message {'may have been' if started else 'was not'} sent.",
+                may_have_been_sent=started,
+            ) from None
+
+    @property
+    def _publisher(self) -> ThreadPoolExecutor:
+        # By process id: threads do not survive a fork.
+        pid = os.getpid()
+        if pid not in self._publishers:
+            self._publishers[pid] = ThreadPoolExecutor(_PUBLISHERS, thread_name_prefix="celerykit-publish")
+        return self._publishers[pid]
+
+
+if TYPE_CHECKING:
+    shared_task: _Declare
+else:
+
+    def shared_task(*args: Any, **options: Any) -> Any:
+        """Make a typed task of a function for every app there is or will be, as Celery's ``shared_task``."""
+        return _declaring(celery.shared_task, args, options, _namespace_of_caller(), None)
+
+
+def _declaring(
+    stock: Callable[..., Any], args: Any, options: dict[str, Any], namespace: Mapping[str, Any], app: CeleryKit | None
+) -> Any:
+    """Declare through Celery's own decorator *stock*, with the contract among the options."""
+    if len(args) == 1 and callable(args[0]):
+        return stock(**_declared(args[0], options, namespace, app))(args[0])
+    if args:
+        return stock(*args, **options)  # which refuses them
+    return lambda fun: stock(**_declared(fun, options, namespace, app))(fun)
+
+
+def _declared(
+    fun: Callable[..., Any], options: dict[str, Any], namespace: Mapping[str, Any], app: CeleryKit | None
+) -> dict[str, Any]:
+    name = options.get("name") or gen_task_name(app, fun.__name__, fun.__module__)
+    _check_options(name, options)
+    base = options.get("base")
+    if base is not None and not issubclass(base, Task):
+        # A base class written for stock Celery keeps its say, in front of ours.
+        options = {**options, "base": type(base.__name__, (base, Task if app is None else app.Task), {"abstract": True})}
+    try:
+        contract = Contract(
+            name,
+            fun,
+            drop_first=bool(options.get("bind")),
+            strict=bool(options.get("strict")),
+            namespace=namespace,
+        )
+    except UnresolvedAnnotation:
+        # Something that is defined further down: it is there when the task is first used, and built then.
+        return options
+    return {**options, "contract": contract}
+
+
+def _check_options(task: str, options: Mapping[str, Any]) -> None:
+    known = {*TaskOptions.__annotations__, "bind"}
+    base = options.get("base") or Task
+    for option, value in options.items():
+        if option in known:
+            continue
+        if callable(getattr(base, option, None)) and not callable(value):
+            # Celery makes an attribute of the task of every option.
+            raise InvalidOptions(f"{task}: the option {option!r} would hide the method Task.{option}; rename it.")
+        near = difflib.get_close_matches(option, known, n=1, cutoff=0.8)
+        if near and not hasattr(base, option):
+            raise InvalidOptions(f"{task}: there is no option {option!r}; did you mean {near[0]!r}?")
+
+
+def _namespace_of_caller() -> Mapping[str, Any]:
+    """Give the names of the function in which a task is declared; annotations may be strings that use them."""
+    frame = sys._getframe(2)
+    return {} if frame.f_locals is frame.f_globals else dict(frame.f_locals)

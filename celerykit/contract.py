@@ -1,0 +1,399 @@
+"""
+A task's contract: what it may be called with, and what it gives back.
+
+It is built once, when a task is declared, from the function's signature. Both
+ends of a queue use it: the caller checks arguments and writes them as JSON, the
+worker reads them back into the same types; with results it is the other way
+round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any, NoReturn, get_args, get_origin
+
+from pydantic import PydanticSchemaGenerationError, PydanticUserError, ValidationError
+from pydantic.errors import PydanticInvalidForJsonSchema
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from celerykit.errors import InvalidContract, InvalidPayload, Problem, ResultMismatch
+from celerykit.fields import Fields
+from celerykit.parameters import BindingError, Parameters
+
+__all__ = ["Contract", "UnresolvedAnnotation"]
+
+#: Not checked and not converted: they pass as the serializer takes them, as in stock Celery.
+_UNTYPED = (inspect.Parameter.empty, Any, object)
+
+_NOTHING = (None, type(None), NoReturn, typing.Never)
+
+#: More problems than this are counted, not listed: a message is read by a person.
+_SHOWN_PROBLEMS = 5
+
+_NOT_SENT = "The message was not sent."
+_NOT_RUN = "The task did not run."
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_Conversion = Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+class UnresolvedAnnotation(InvalidContract):
+    """An annotation names something that does not exist yet, or not here."""
+
+
+class Contract:
+    """
+    The typed signature of one task.
+
+    Arguments keep the shape in which they came (by position or by name), so
+    that a message is what stock Celery would have sent.
+
+    Args:
+        task:
+            The task's name, for messages.
+
+        function:
+            What is read; annotations may be strings.
+
+        drop_first:
+            Whether the first parameter is the task itself.
+
+        strict:
+            Whether values must be of their types, without conversions.
+
+        namespace:
+            Names that string annotations may use beside the function's
+            module, such as those of the function it is declared in.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        function: Callable[..., Any],
+        *,
+        drop_first: bool = False,
+        strict: bool = False,
+        namespace: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.task = task
+        self.parameters = Parameters.of(function, drop_first=drop_first)
+        hints = _hints(task, function, namespace)
+        self.returns = hints.get("return", inspect.Parameter.empty)
+        types = {
+            name: _type_of(name, hints[name], self.parameters)
+            for name in self.parameters.names
+            if hints.get(name, inspect.Parameter.empty) not in _UNTYPED
+        }
+        self._fields = _fields(task, types, strict=strict)
+        self._all_typed = len(types) == len(self.parameters.names)
+        self._result = None if self.returns in (*_UNTYPED, *_NOTHING) else _result(task, self.returns)
+
+    def __repr__(self) -> str:
+        return f"<Contract of {self.task}>"
+
+    @property
+    def returns_nothing(self) -> bool:
+        """Whether the task says that it has no result (``-> None``)."""
+        return self.returns in _NOTHING
+
+    # The caller's side
+
+    def dump(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, skip: int = 0) -> Arguments:
+        """
+        Check the arguments of a call, and write them as JSON values.
+
+        May be done twice: what it returns passes, and comes back the same.
+
+        Args:
+            skip:
+                How many positional parameters will be filled later, in front.
+
+        Raises:
+            InvalidPayload: with every problem.
+        """
+        return self._dump(args, kwargs, self._fields.read, skip=skip)
+
+    def dump_partial(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """
+        Check and write as much of a call as is known.
+
+        The arguments of a signature that is not complete may stand further
+        right than where they are, because results are put in front of them.
+        The first place at which their types fit as they are is taken, or else
+        the first at which they can be made to fit.
+
+        Raises:
+            InvalidPayload: when they fit nowhere.
+        """
+        places = range(max(1, len(self.parameters.positional) - len(args) + 1))
+        for read in (self._fields.read_exactly, self._fields.read):
+            for skip in places:
+                with suppress(InvalidPayload):
+                    return self._dump(args, kwargs, read, skip=skip, partial=True)
+        return self._dump(args, kwargs, self._fields.read, partial=True)
+
+    def canonical(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Write a call's arguments in the one way that all its spellings share.
+
+        JSON values by parameter name, in the order of declaration, with
+        defaults filled in.
+
+        Raises:
+            InvalidPayload: with every problem.
+        """
+        values = self._bind(args, kwargs, says=_NOT_SENT)
+        values = {**self._written_defaults, **self._written(values, write=self._fields.canonical)}
+        return {name: to_jsonable_python(values[name]) for name in self.parameters.names if name in values}
+
+    # The worker's side
+
+    def load(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """
+        Read the arguments of a message into their types.
+
+        Raises:
+            InvalidPayload: with every problem.
+        """
+        values = self._bind(args, kwargs, says=_NOT_RUN)
+        try:
+            values |= self._fields.load(self._typed(values))
+        except ValidationError as error:
+            raise self._refusal(_problems(error), says=_NOT_RUN) from None
+        except (PydanticSerializationError, UnicodeError) as error:
+            raise self._refusal([_unsendable(error)], says=_NOT_RUN) from None
+        return self.parameters.unbind(values, args, kwargs)
+
+    # Results
+
+    def dump_result(self, value: Any) -> Any:
+        """
+        Check what the function returned, and write it as a JSON value.
+
+        Raises:
+            ResultMismatch: The function has run; its effects are there.
+        """
+        if self._result is None:
+            return value
+        try:
+            return self._result.dump(self._result.read({"return": value}))["return"]
+        except (ValidationError, PydanticSerializationError, UnicodeError) as error:
+            raise self._mismatch("returned", value, error) from None
+
+    def load_result(self, value: Any) -> Any:
+        """
+        Read a stored result into the return type.
+
+        Raises:
+            ResultMismatch: with the stored value.
+        """
+        if self._result is None:
+            return value
+        try:
+            return self._result.load({"return": value})["return"]
+        except (ValidationError, PydanticSerializationError, UnicodeError) as error:
+            raise self._mismatch("has stored", value, error) from None
+
+    # What others may want to know
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """
+        Twelve hexadecimal digits that change when the contract does.
+
+        Taken over the JSON Schema of parameters and return type; another
+        version of pydantic may write the same schema in other words.
+        """
+        described = json.dumps([self.describe(), list(self.parameters.required)], sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    def describe(self) -> dict[str, Any]:
+        """Give the JSON Schema of each parameter, and of ``return``; ``{}`` for what is not typed."""
+        described = {name: self.parameter_schema(name) for name in self.parameters.names}
+        return {**described, "return": self.result_schema()}
+
+    def parameter_schema(self, name: str) -> dict[str, Any]:
+        """Give the JSON Schema of one parameter."""
+        return _schema(self._fields, name) if name in self._fields.types else {}
+
+    def result_schema(self) -> dict[str, Any]:
+        """Give the JSON Schema of the result."""
+        if self.returns_nothing:
+            return {"type": "null"}
+        return _schema(self._result, "return", of_output=True) if self._result else {}
+
+    def check_secrets(self) -> None:
+        """
+        Refuse to send what would arrive as asterisks.
+
+        Raises:
+            InvalidPayload: A parameter's type, or the return type, holds a ``SecretStr``.
+        """
+        secret = [*self._fields.secrets, *(self._result.secrets if self._result else ())]
+        if secret:
+            msg = "holds a SecretStr, which JSON would turn into asterisks; send a reference to the secret instead"
+            raise self._refusal([{"loc": [secret[0]], "type": "secret", "msg": msg}], says=_NOT_SENT)
+
+    def refuse(self, problems: list[Problem]) -> InvalidPayload:
+        """Make the error for a call that was refused before it was sent."""
+        return self._refusal(problems, says=_NOT_SENT)
+
+    # Behind them
+
+    @cached_property
+    def _written_defaults(self) -> dict[str, Any]:
+        return {name: self._written_default(name, value) for name, value in self.parameters.defaults.items()}
+
+    def _written_default(self, name: str, value: Any) -> Any:
+        try:
+            return self._written({name: value}, write=self._fields.canonical)[name]
+        except InvalidPayload:
+            # Python does not check defaults (`order: Order = None`), and nor does a call that leaves them out.
+            return to_jsonable_python(value, fallback=repr)
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, says: str, **how: Any) -> dict[str, Any]:
+        try:
+            return self.parameters.bind(args, kwargs, **how)
+        except BindingError as error:
+            raise self._refusal(error.problems, says=says) from None
+
+    def _dump(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        read: _Conversion,
+        *,
+        skip: int = 0,
+        partial: bool = False,
+    ) -> Arguments:
+        values = self._bind(args, kwargs, says=_NOT_SENT, skip=skip, partial=partial)
+        return self.parameters.unbind(self._written(values, read=read), args, kwargs, skip=skip)
+
+    def _written(
+        self, values: dict[str, Any], *, read: _Conversion | None = None, write: _Conversion | None = None
+    ) -> dict[str, Any]:
+        read, write = read or self._fields.read, write or self._fields.dump
+        try:
+            return values | write(read(self._typed(values)))
+        except ValidationError as error:
+            raise self._refusal(_problems(error), says=_NOT_SENT) from None
+        except (PydanticSerializationError, UnicodeError) as error:
+            raise self._refusal([_unsendable(error)], says=_NOT_SENT) from None
+
+    def _typed(self, values: dict[str, Any]) -> dict[str, Any]:
+        if self._all_typed:
+            return values
+        return {name: value for name, value in values.items() if name in self._fields.types}
+
+    def _refusal(self, problems: list[Problem], *, says: str) -> InvalidPayload:
+        shown = "; ".join(map(_sentence, problems[:_SHOWN_PROBLEMS]))
+        more = len(problems) - _SHOWN_PROBLEMS
+        rest = f"; and {more} more" if more > 0 else ""
+        return InvalidPayload(f"{self.task}: {shown}{rest}. {says}", self.task, problems)
+
+    def _mismatch(self, verb: str, value: Any, error: Exception) -> ResultMismatch:
+        problems = _problems(error) if isinstance(error, ValidationError) else [_unsendable(error)]
+        what = "; ".join(_sentence(problem) for problem in problems[:_SHOWN_PROBLEMS])
+        return ResultMismatch(
+            f"{self.task}: {verb} a value that is not of its return type {_name(self.returns)}: {what}.",
+            self.task,
+            value,
+        )
+
+
+def _hints(task: str, function: Callable[..., Any], namespace: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(function, localns=dict(namespace or {}), include_extras=True)
+    except (NameError, AttributeError) as error:
+        raise UnresolvedAnnotation(
+            f"{task}: the annotation {error.name!r} is not defined; define or import it "
+            "in the task's module (an import under TYPE_CHECKING does not exist when the program runs)."
+        ) from error
+    except (TypeError, SyntaxError) as error:
+        raise InvalidContract(f"{task}: an annotation is not a type: {error}.") from error
+
+
+def _type_of(name: str, annotation: Any, parameters: Parameters) -> Any:
+    if name == parameters.var_positional:
+        return list[annotation]
+    if name != parameters.var_keyword:
+        return annotation
+    if get_origin(annotation) is typing.Unpack:
+        return get_args(annotation)[0]
+    return dict[str, annotation]  # type: ignore[valid-type]
+
+
+def _fields(task: str, types: dict[str, Any], *, strict: bool) -> Fields:
+    try:
+        fields = Fields(types, strict=strict)
+    except (PydanticUserError, TypeError, NameError) as error:
+        raise _first_refused(task, types, error) from error
+    for name, reason in fields.unsendable.items():
+        raise InvalidContract(f"{task}: {_what(name)}: {reason}.")
+    return fields
+
+
+def _result(task: str, returns: Any) -> Fields:
+    return _fields(task, {"return": returns}, strict=False)
+
+
+def _first_refused(task: str, types: dict[str, Any], whole: Exception) -> InvalidContract:
+    """Find out which of *types* pydantic does not take."""
+    for name, annotation in types.items():
+        try:
+            Fields({name: annotation})
+        except PydanticSchemaGenerationError:
+            return InvalidContract(
+                f"{task}: {_what(name)}: {_name(annotation)} cannot be read from JSON; "
+                "use a type pydantic knows, or leave it without a type (Any) to pass it as it is."
+            )
+        except NameError as error:  # PydanticUndefinedAnnotation is one
+            return UnresolvedAnnotation(f"{task}: {_what(name)}: {error.name!r} is not defined.")
+        except (PydanticUserError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            return InvalidContract(f"{task}: {_what(name)}: {_name(annotation)}: {reason}")
+    return InvalidContract(f"{task}: {whole}")
+
+
+def _schema(fields: Fields, name: str, *, of_output: bool = False) -> dict[str, Any]:
+    try:
+        return fields.json_schema(name, of_output=of_output)
+    except PydanticInvalidForJsonSchema:
+        return {"title": _name(fields.types[name])}
+
+
+def _problems(error: ValidationError) -> list[Problem]:
+    return [
+        {
+            "loc": list(found["loc"]),
+            "type": found["type"],
+            "msg": f"{found['msg']} (got {type(found['input']).__name__})",
+        }
+        for found in error.errors(include_url=False, include_context=False)
+    ]
+
+
+def _unsendable(error: Exception) -> Problem:
+    # The error's own words may quote the value.
+    kind = "text or bytes that are not UTF-8" if "utf-8" in str(error).lower() else type(error).__name__
+    return {"loc": [], "type": "not_json", "msg": f"the arguments cannot be written as JSON ({kind})"}
+
+
+def _sentence(problem: Problem) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    return f"argument {where!r}: {problem['msg']}" if where else str(problem["msg"])
+
+
+def _what(name: str) -> str:
+    return "the return type" if name == "return" else f"parameter {name!r}"
+
+
+def _name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -1,0 +1,116 @@
+"""
+Every error celerykit raises, in one tree.
+
+    CelerykitError
+    ├── InvalidContract     a function's signature cannot be a contract
+    ├── InvalidPayload      arguments do not fit a task's contract
+    ├── InvalidOptions      options a task cannot be declared or sent with
+    ├── EnqueueError        the broker did not take a message
+    ├── ResultMismatch      a value is not of the task's return type
+    ├── ResultNotStored     a result was asked for that nobody keeps
+    └── InvalidSettings     settings that are wrong, unknown or misspelt
+
+Each message says what happened, to which, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "CelerykitError",
+    "EnqueueError",
+    "InvalidContract",
+    "InvalidOptions",
+    "InvalidPayload",
+    "InvalidSettings",
+    "ResultMismatch",
+    "ResultNotStored",
+]
+
+#: One problem: where it is, its kind, and what is wrong. Never the value, which may be a secret.
+Problem = Mapping[str, Any]
+
+
+class CelerykitError(Exception):
+    """Something celerykit refuses, or could not do."""
+
+
+class InvalidContract(CelerykitError, TypeError):
+    """A function's signature cannot be a contract."""
+
+
+class InvalidPayload(CelerykitError, TypeError):
+    """
+    Arguments do not fit a task's contract.
+
+    A caller sees it before anything is sent; in a worker it is the task's
+    failure, and its function has not run.
+
+    Attributes:
+        task:
+            The task's name.
+
+        problems:
+            A list of ``{"loc": [...], "type": ..., "msg": ...}``, as pydantic
+            writes them, without the values.
+    """
+
+    def __init__(self, message: str, task: str = "", problems: Sequence[Problem] = ()) -> None:
+        # All three stand in `args`: a result backend stores those, and builds the error again from them.
+        super().__init__(message, task, [dict(problem) for problem in problems])
+        self.task = task
+        self.problems: list[Problem] = self.args[2]
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class InvalidOptions(CelerykitError, ValueError):
+    """A task cannot be declared, or a message sent, with these options."""
+
+
+class EnqueueError(CelerykitError):
+    """
+    The broker did not take a message in time.
+
+    What is raised is also a ``kombu.exceptions.OperationalError``, which is
+    what callers of Celery catch.
+    """
+
+
+class ResultMismatch(CelerykitError, TypeError):
+    """
+    A value is not of the task's return type.
+
+    Attributes:
+        task:
+            The task's name.
+
+        value:
+            The value as it was stored or returned.
+    """
+
+    def __init__(self, message: str, task: str = "", value: Any = None) -> None:
+        super().__init__(message)
+        self.task = task
+        self.value = value
+
+
+class ResultNotStored(CelerykitError):
+    """A result was asked for that nobody keeps."""
+
+
+class InvalidSettings(CelerykitError, ValueError):
+    """
+    Settings are wrong, unknown or misspelt.
+
+    Attributes:
+        problems:
+            One sentence for each setting that is wrong.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)

@@ -1,0 +1,191 @@
+"""
+Named values with types, to and from plain JSON values: what a contract is made of.
+
+Two readings of a value exist. A caller hands over Python values (a model, a
+``datetime``, ``bytes``) or, the second time a call passes, what the first time
+made of them; a worker is handed JSON values only. They differ where one JSON
+type stands for two Python types: a ``str`` for a ``bytes`` field is base64 in
+JSON, and in strict mode only JSON may write a ``datetime`` as text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any, cast
+
+from pydantic import ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter
+from pydantic_core import CoreConfig, SchemaSerializer, to_json
+from typing_extensions import TypedDict
+
+__all__ = ["Fields"]
+
+_SECRETS = (SecretStr, SecretBytes, Secret)
+
+#: Core schemas of values that JSON cannot carry, and what to write instead.
+_UNSENDABLE = {
+    "callable": "a function cannot travel in a message; send its name",
+    "is-subclass": "a class cannot travel in a message; send its name",
+    "generator": "an iterator can be read once only, and a call is read more often; use list[...]",
+}
+
+
+class Fields:
+    """
+    A set of named, typed values.
+
+    Everything pydantic has to prepare is prepared when this is made.
+
+    Args:
+        types:
+            The type of each name. Raises what pydantic raises for a type it
+            does not know.
+
+        strict:
+            Whether values must be of their types, without pydantic's
+            conversions (``"10"`` for an ``int``).
+    """
+
+    def __init__(self, types: Mapping[str, Any], *, strict: bool = False) -> None:
+        self.types = dict(types)
+        self.strict = strict or None
+        self._adapter: TypeAdapter[dict[str, Any]] = _adapter(self.types)
+        # A typed dict's own configuration reaches its validator but not its serializer.
+        schema = cast("Any", self._adapter.core_schema)
+        self._serializer = SchemaSerializer(schema, CoreConfig(ser_json_bytes="base64"))
+        self._validate_python = self._adapter.validate_python
+        self._validate_json = self._adapter.validate_json
+        self._reads_twice = bool(strict) or _holds(schema, partial(_is_of_type, "bytes"))
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Validate what a caller handed over: Python values, or what `dump` made.
+
+        A value that is made of JSON types only is read as JSON where the two
+        readings differ; `dump` of what was read twice is the same as once.
+        """
+        if not self._reads_twice:
+            return self._validate_python(cast("Any", values), by_alias=True, by_name=True)
+        plain = {name: value for name, value in values.items() if _is_plain(value)}
+        python = {name: value for name, value in values.items() if name not in plain}
+        return {
+            **self._validate_json(_as_json(plain), strict=self.strict, by_alias=True, by_name=True),
+            **self._validate_python(cast("Any", python), strict=self.strict, by_alias=True, by_name=True),
+        }
+
+    def read_exactly(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Validate Python values that are of their types already."""
+        return self._validate_python(cast("Any", values), strict=True, by_alias=True, by_name=True)
+
+    def load(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Validate what came out of a message or a result: JSON values."""
+        return self._validate_json(_as_json(values), strict=self.strict, by_alias=True, by_name=True)
+
+    def dump(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Write validated *values* as plain JSON values.
+
+        A model that was changed into something invalid after it was validated
+        is an error here, not in a worker.
+        """
+        return cast(
+            "dict[str, Any]",
+            self._serializer.to_python(values, mode="json", round_trip=True, by_alias=False, warnings="error"),
+        )
+
+    def canonical(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Write validated *values* as `dump` does, with the items of sets in order.
+
+        A set has no order of its own, and another one in each process.
+        """
+        python = self._serializer.to_python(values, round_trip=True, by_alias=False)
+        return cast("dict[str, Any]", _with_sets_in_order(self.dump(values), python))
+
+    @cached_property
+    def secrets(self) -> list[str]:
+        """The names whose types hold a ``SecretStr``, which JSON shows as asterisks."""
+        return self._names_that_hold(_is_secret)
+
+    @cached_property
+    def unsendable(self) -> dict[str, str]:
+        """The names whose types no message can carry, with the reason."""
+        return {
+            name: reason
+            for kind, reason in _UNSENDABLE.items()
+            for name in self._names_that_hold(partial(_is_of_type, kind))
+        }
+
+    def json_schema(self, name: str, *, of_output: bool = False) -> dict[str, Any]:
+        """Describe *name* as JSON Schema, as it is read or, *of_output*, as it is written."""
+        whole = self._adapter.json_schema(mode="serialization" if of_output else "validation", by_alias=False)
+        schema = dict(whole["properties"][name])
+        if "$defs" in whole:
+            schema["$defs"] = whole["$defs"]
+        return schema
+
+    def _names_that_hold(self, wanted: Callable[[Mapping[str, Any]], bool]) -> list[str]:
+        if not _holds(self._adapter.core_schema, wanted):
+            return []
+        # Which one it is costs an adapter for each, and is asked for only to refuse.
+        return [name for name, type_ in self.types.items() if _holds(_adapter({name: type_}).core_schema, wanted)]
+
+
+def _adapter(types: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
+    # A typed dict rather than a model: its keys may have any name ("copy", "_id", "model_config").
+    # total=False: which arguments are missing is the business of `Parameters`.
+    arguments: Any = TypedDict("Arguments", dict(types), total=False)  # type: ignore[operator]
+    arguments.__pydantic_config__ = ConfigDict(extra="forbid", val_json_bytes="base64")
+    return TypeAdapter(arguments)
+
+
+def _as_json(values: Mapping[str, Any]) -> bytes:
+    # A stock producer may have sent what kombu's JSON marks with "__type__" (a datetime, bytes, ...),
+    # and kombu has made Python values of it already.
+    return to_json(values, bytes_mode="base64", inf_nan_mode="constants")
+
+
+def _is_plain(value: Any) -> bool:
+    if value is None or type(value) in (str, int, float, bool):
+        return True
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    return False
+
+
+def _with_sets_in_order(written: Any, python: Any) -> Any:
+    """Sort in *written*, JSON, what is a set in *python*, the same values."""
+    if isinstance(python, dict):
+        return {key: _with_sets_in_order(written[key], item) for key, item in zip(written, python.values(), strict=True)}
+    if isinstance(python, list | tuple):
+        return [_with_sets_in_order(*pair) for pair in zip(written, python, strict=True)]
+    if isinstance(python, set | frozenset):
+        items = [_with_sets_in_order(*pair) for pair in zip(written, python, strict=True)]
+        return sorted(items, key=lambda item: json.dumps(item, sort_keys=True))
+    return written
+
+
+def _is_of_type(kind: str, node: Mapping[str, Any]) -> bool:
+    return node.get("type") == kind
+
+
+def _is_secret(node: Mapping[str, Any]) -> bool:
+    return any(isinstance(item, type) and issubclass(item, _SECRETS) for item in node.values())
+
+
+def _holds(schema: Any, wanted: Callable[[Mapping[str, Any]], bool]) -> bool:
+    """Tell whether any part of a core schema is *wanted*."""
+    stack = [schema]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, dict):
+            if wanted(node):
+                return True
+            # Metadata holds functions of pydantic's, no schemas of values.
+            stack += [item for key, item in node.items() if key not in ("metadata", "serialization")]
+        elif isinstance(node, list | tuple):
+            stack += node
+    return False

@@ -1,0 +1,135 @@
+"""
+Event loops for tasks that are ``async def``.
+
+Each pool child, or each thread of a threads pool, keeps one loop for as long as
+it lives, so that clients and connection pools made in one task serve the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from billiard.exceptions import SoftTimeLimitExceeded
+
+from celerykit.errors import InvalidOptions
+
+__all__ = ["refuse_green_threads", "run"]
+
+_Coroutine = Coroutine[Any, Any, Any]
+
+_local = threading.local()
+
+
+def run(make: Callable[[], _Coroutine]) -> Any:
+    """
+    Run what *make* gives on this thread's loop, and wait for it.
+
+    When the soft time limit strikes, the running coroutine is cancelled, and
+    ``SoftTimeLimitExceeded`` is raised once it has cleaned up.
+    """
+    if _is_running():
+        # Only an eager call can stand inside a loop; waiting in this thread would stop that loop for good.
+        context = contextvars.copy_context()
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(context.run, run, make).result()
+    return _runner().run(_limited(make))
+
+
+async def _limited(make: Callable[[], _Coroutine]) -> Any:
+    task = asyncio.ensure_future(make())
+    with _soft_limit_of(task) as limit:
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if limit.struck:
+                raise SoftTimeLimitExceeded from None
+            # Left as it is, a BaseException, it would end the pool child and not the task.
+            raise RuntimeError("the task's coroutine was cancelled from within") from None
+
+
+class _SoftLimit:
+    struck = False
+
+
+@contextmanager
+def _soft_limit_of(task: asyncio.Task[Any]) -> Iterator[_SoftLimit]:
+    """
+    Let the soft time limit cancel *task*.
+
+    Celery's handler raises wherever the interpreter is at that moment; in the
+    middle of the loop's own bookkeeping that can lose a callback. In the task's
+    own code it is what we want: it interrupts what never awaits.
+    """
+    limit = _SoftLimit()
+    before = _handler()
+    if before is None:
+        yield limit
+        return
+    loop = task.get_loop()
+
+    def strike(signum: int, frame: FrameType | None) -> None:
+        limit.struck = True
+        if asyncio.current_task(loop) is task:
+            raise SoftTimeLimitExceeded
+        loop.call_soon_threadsafe(task.cancel)
+
+    signal.signal(signal.SIGUSR1, strike)
+    try:
+        yield limit
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _handler() -> Any:
+    """Give the handler a prefork child has for its soft time limit; only its main thread has one."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
+        return None
+    handler = signal.getsignal(signal.SIGUSR1)
+    return handler if callable(handler) else None
+
+
+def _is_running() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _runner() -> asyncio.Runner:
+    # By process id: a forked child must neither use nor close its parent's loop, as they share a selector.
+    runners: dict[int, asyncio.Runner] = _local.__dict__.setdefault("runners", {})
+    if os.getpid() not in runners:
+        runners[os.getpid()] = asyncio.Runner()
+    return runners[os.getpid()]
+
+
+def refuse_green_threads(task: str) -> None:
+    """
+    Refuse an ``async def`` task under gevent or eventlet, whose loop is not asyncio's.
+
+    Raises:
+        InvalidOptions: The process is patched by one of them.
+    """
+    for library in filter(_is_patched, ("gevent", "eventlet")):
+        raise InvalidOptions(
+            f"{task}: an `async def` task cannot run under {library}; use the prefork, threads or solo pool."
+        )
+
+
+def _is_patched(library: str) -> bool:
+    if library == "gevent" and "gevent.monkey" in sys.modules:
+        return bool(sys.modules["gevent.monkey"].is_module_patched("socket"))
+    if library == "eventlet" and "eventlet.patcher" in sys.modules:
+        return bool(sys.modules["eventlet.patcher"].is_monkey_patched("socket"))
+    return False

@@ -1,0 +1,71 @@
+"""
+What settings must know of Celery: its option table, its old names, its command line.
+
+Handed to `celerykit.settings`, which does not import Celery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from celery.app.defaults import NAMESPACES, flatten
+
+__all__ = ["by_new_name", "command_options", "config_name", "option_table"]
+
+
+def option_table() -> dict[str, tuple[Any, Any]]:
+    """Give the type, as Celery writes it, and the default of each of Celery's settings."""
+    return {name: (option.type, option.default) for name, option in flatten(NAMESPACES)}
+
+
+def command_options() -> frozenset[str]:
+    """
+    Give the environment variables that Celery's command line reads its options from.
+
+    Imports all of Celery's commands; asked for only when a name is unknown.
+    """
+    from celery.bin.celery import celery as command
+
+    names = {
+        f"CELERY_{name}_{option.name}".upper().replace("-", "_")
+        for name, sub in command.commands.items()
+        for option in sub.params
+    }
+    return frozenset(names | {f"CELERY_{option.name}".upper() for option in command.params})
+
+
+def config_name(source: Any) -> str:
+    """Name a configuration object for a person."""
+    if source is None:
+        return "configuration"
+    name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+    return "Django settings" if str(name).startswith("django.conf") else str(name)
+
+
+def by_new_name(config: Any, *, namespace: str | None) -> dict[str, Any]:
+    """
+    Give what a configuration object sets, by Celery's names of today.
+
+    Args:
+        namespace:
+            The prefix of the names that count, as in ``config_from_object``;
+            without one, the old upper-case names count too.
+    """
+    if not config:
+        return {}
+    if namespace:
+        prefix = f"{namespace}_"
+        return {str(k)[len(prefix) :].lower(): config[k] for k in config if str(k).startswith(prefix)}
+    names = _names()
+    return {names[key]: config[key] for key in config if key in names}
+
+
+def _names() -> Mapping[str, str]:
+    today = {name: name for name, _ in flatten(NAMESPACES)}
+    return {**dict(flatten(NAMESPACES, keyfilter=_old_names)), **today}
+
+
+def _old_names(prefix: str, key: str, option: Any) -> list[tuple[str, str]]:
+    old = [name.format(key).upper() for name in option.old] or [(prefix + key).upper()]
+    return [(name, prefix + key) for name in old]

@@ -1,0 +1,379 @@
+"""
+The task: where calls leave a program, and where they come in again.
+
+Out go `apply_async` and `signature`, which check arguments and write them as
+JSON; in comes `__call__`, which puts the steps around the function.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, cast, overload
+
+import celery
+
+from celerykit import bulk, loops
+from celerykit.call import Call, Next, Step, compose, validated
+from celerykit.canvas import Signature
+from celerykit.contract import Contract
+from celerykit.errors import InvalidPayload
+from celerykit.headers import Headers
+from celerykit.publishing import check_body, check_delay, sending
+from celerykit.result import EagerResult, Result
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from celerykit.app import CeleryKit
+
+__all__ = ["STEPS", "AsyncTask", "SendOptions", "Task", "Using"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Outermost first. A user's steps come before these: they may refuse a call that was not read yet.
+STEPS: tuple[Step, ...] = (validated,)
+
+#: Celery's tasks that call another task's function with items of their own message.
+_MAPPERS = ("celery.map", "celery.starmap")
+
+# Marks on the request of a running task; each run has a request of its own.
+_ENTERED, _FINISHED = "celerykit_entered", "celerykit_finished"
+
+
+class SendOptions(TypedDict, total=False):
+    """The options of one call, as ``apply_async`` takes them."""
+
+    countdown: float
+    eta: datetime
+    expires: float | datetime
+    task_id: str
+    queue: Any
+    exchange: Any
+    routing_key: str
+    priority: int
+    headers: Mapping[str, Any]
+    ignore_result: bool
+    link: Any
+    link_error: Any
+    shadow: str
+    serializer: str
+    compression: str
+    time_limit: float
+    soft_time_limit: float
+    retry: bool
+    retry_policy: Mapping[str, Any]
+    add_to_parent: bool
+    producer: Any
+    connection: Any
+    reply_to: str
+    argsrepr: str
+    kwargsrepr: str
+    delivery_mode: int
+    expiration: float
+    mandatory: bool
+
+
+class Task(celery.Task[P, R], Generic[P, R]):
+    """
+    A Celery task with a contract.
+
+    Attributes:
+        contract:
+            What the task may be called with, and what it gives back;
+            ``None`` for Celery's own tasks, which stay as they are.
+
+        strict:
+            Whether arguments must be of their types, without pydantic's
+            conversions. Set with ``@app.task(strict=True)``.
+    """
+
+    abstract = True
+    contract: Contract | None = None
+    strict: bool = False
+
+    @classmethod
+    def bind(cls, app: Any) -> Any:
+        """Build the contract, if the decorator has not, before Celery fills in the options nobody gave."""
+        if cls.name and not cls.name.startswith("celery."):
+            cls._declare()
+        return super().bind(app)
+
+    @classmethod
+    def _declare(cls) -> None:
+        if cls.contract is None:
+            run = inspect.getattr_static(cls, "run")
+            is_bound = not isinstance(run, staticmethod)
+            function = run if is_bound else run.__func__
+            cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
+        if cls.contract.returns_nothing and cls.ignore_result is None:
+            cls.ignore_result = True
+            cls.store_errors_even_if_ignored = True
+        if inspect.iscoroutinefunction(cls.run):
+            loops.refuse_green_threads(str(cls.name))
+
+    # Out
+
+    if TYPE_CHECKING:
+
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]: ...
+
+    def apply_async(  # type: ignore[override]
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> Result[R]:
+        """
+        Check a call, and send it.
+
+        Takes all of Celery's options.
+
+        Raises:
+            InvalidPayload: The arguments do not fit; nothing was sent.
+
+            InvalidOptions: The options do not make sense; nothing was sent.
+
+            EnqueueError: The broker did not take the message in time.
+        """
+        if self.contract is None:
+            return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
+        return self._send(*self._checked(args, kwargs, options), options)
+
+    def _send(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
+        """Send a call whose arguments have been checked."""
+        headers = Headers(contract=self._contract.fingerprint).added_to(options.pop("headers", None))
+        if options.get("chord") is not None:
+            # Backends without a join of their own look for the members' results; without them a chord never ends.
+            options["ignore_result"] = False
+        with sending(self._kit, str(self.name)):
+            sent = super().apply_async(cast("Any", args), cast("Any", kwargs), headers=headers, **options)
+        return cast("Result[R]", sent)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
+        """
+        Do what ``delay`` does without blocking the event loop.
+
+        A wrong call is refused at once; the publish runs on a thread, and is
+        given up after ``CELERYKIT_PUBLISH_DEADLINE``.
+        """
+        return await self._asend(args, kwargs, {})
+
+    async def _asend(self, args: Any, kwargs: Any, options: dict[str, Any]) -> Result[R]:
+        options = {**self._family(), **options}
+        args, kwargs = self._checked(args, kwargs, options)
+        return await self._kit.publish_in_thread(str(self.name), partial(self._send, args, kwargs, options))
+
+    def _family(self) -> dict[str, Any]:
+        # Celery knows the running task by its thread, and the publish is on another one.
+        parent = self.app.current_worker_task
+        if parent is None:
+            return {}
+        request = parent.request
+        return {"parent_id": request.id, "root_id": request.root_id or request.id}
+
+    def using(self, **options: Unpack[SendOptions]) -> Using[P, R]:
+        """Give this task with options for its next calls, whose arguments are as typed as before."""
+        return Using(self, options)
+
+    def enqueue_many(self, calls: Iterable[bulk.Arguments | Signature[R]]) -> list[Result[R]]:
+        """
+        Send many calls of this task together.
+
+        Args:
+            calls:
+                A tuple of positional arguments, a mapping of named ones, or a
+                signature, for each call.
+
+        Raises:
+            InvalidPayload: One does not fit; nothing was sent.
+
+            EnqueueError: The broker failed; ``sent`` and ``uncertain`` say which calls it had taken.
+        """
+        return bulk.enqueue(self._kit, [bulk.as_signature(self, call) for call in calls])
+
+    def signature(  # type: ignore[override]
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        *rest: Any,
+        immutable: bool = False,
+        **more: Any,
+    ) -> Signature[R]:
+        """
+        Make a signature whose arguments are checked now.
+
+        One that is not immutable may still get arguments, in front of those it has; what it has is checked.
+        """
+        if self.contract is not None:
+            check = self.contract.dump if immutable else self.contract.dump_partial
+            args, kwargs = check(args or (), kwargs or {})
+        more.setdefault("app", self.app)
+        return Signature(self, args, kwargs, options, *rest, immutable=immutable, **more)
+
+    # Celery's other name for it, which would stay Celery's own `signature`.
+    subtask = signature
+
+    if TYPE_CHECKING:
+
+        @overload  # type: ignore[override]
+        def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]: ...
+        @overload
+        def s(self) -> Signature[R]: ...
+        @overload  # type: ignore[override]
+        def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]: ...
+        @overload
+        def si(self) -> Signature[R]: ...
+
+    def map(self, it: Iterable[Any]) -> Any:
+        """Make a signature that runs this task on each item, one after the other, in one worker."""
+        return super().map([self._item((item,))[0] for item in it])
+
+    def starmap(self, it: Iterable[Sequence[Any]]) -> Any:
+        """Make a signature that runs this task on each tuple of arguments, in one worker."""
+        return super().starmap([self._item(item) for item in it])
+
+    def chunks(self, it: Iterable[Sequence[Any]], n: int) -> Any:
+        """Make signatures that run this task on *n* tuples of arguments each."""
+        return super().chunks([self._item(item) for item in it], n)
+
+    def _item(self, args: Sequence[Any]) -> Sequence[Any]:
+        return args if self.contract is None else self.contract.dump(args, {})[0]
+
+    def apply(  # type: ignore[override]
+        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+    ) -> EagerResult[R]:
+        """Run a call in place, through the same checks and steps as in a worker."""
+        if self.contract is not None:
+            args, kwargs = self._checked(args, kwargs, options)
+        return EagerResult.of(super().apply(cast("Any", args), cast("Any", kwargs), **options), self.contract)
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> Result[R]:  # noqa: N802  (Celery's name)
+        """Give the typed result of the call with this id."""
+        return Result(task_id, backend=self.backend, task_name=self.name, app=self.app, **kwargs)
+
+    def _checked(self, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        args, kwargs = args or (), kwargs or {}
+        try:
+            return self._refusing(args, kwargs, options)
+        except InvalidPayload:
+            if self._speaks_for_finished(options):
+                return args, kwargs
+            raise
+
+    def _refusing(self, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        settings = self._kit.settings.kit
+        self._contract.check_secrets()
+        args, kwargs = self._contract.dump(args, kwargs)
+        if (options.get("serializer") or self.serializer) == "json":
+            check_body(self._contract, args, kwargs, limit=settings.max_payload_bytes)
+        if "countdown" in options or "eta" in options:
+            check_delay(str(self.name), options, now=self.app.now(), limit=settings.max_eta)
+        return args, kwargs
+
+    def _speaks_for_finished(self, options: Mapping[str, Any]) -> bool:
+        """
+        Tell whether this is sent for a task that has run: a chain's next, a link, a chord's body.
+
+        An error here would make a failure of that task, so what it passes on is sent as it is, and refused in its own
+        worker.
+        """
+        parent = self.app.current_worker_task
+        if parent is None:
+            # A worker's parent process sends for a task whose child is gone, and names it.
+            return options.get("parent_id") is not None
+        return str(parent.name).startswith("celery.") or hasattr(parent.request, _FINISHED)
+
+    # In
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """
+        Run the task: as a plain function, or, from a worker, within its steps.
+
+        A task that is called as a function inside a run of its own sees that
+        run's request; only the first call in a request is the worker's.
+        """
+        request = self.request
+        if request.called_directly or hasattr(request, _ENTERED):
+            return self._called_as_function(args, kwargs)
+        if self.contract is None:
+            return cast("R", self.run(*args, **kwargs))
+        setattr(request, _ENTERED, True)
+        try:
+            return cast("R", self._pipeline(self._call(request, args, kwargs)))
+        finally:
+            setattr(request, _FINISHED, True)
+
+    def _called_as_function(self, args: Any, kwargs: Any) -> Any:
+        caller = self.app.current_task
+        if self.contract is None or caller is None or caller.name not in _MAPPERS:
+            return super().__call__(*args, **kwargs)
+        # `map` and `starmap` hand over the items of their own message.
+        args, kwargs = self.contract.load(args, kwargs)
+        return self.contract.dump_result(super().__call__(*args, **kwargs))
+
+    def _call(self, request: Any, args: Any, kwargs: Any) -> Call:
+        return Call(
+            task=str(self.name),
+            id=request.id,
+            attempt=(request.retries or 0) + 1,
+            headers=Headers.of(request.headers),
+            contract=self._contract,
+            args=tuple(args),
+            kwargs=kwargs,
+        )
+
+    @cached_property
+    def _pipeline(self) -> Next:
+        return compose((*self._kit.call_steps, *STEPS), self._run)
+
+    def _run(self, call: Call) -> Any:
+        run: Callable[..., Any] = self.run
+        if inspect.iscoroutinefunction(run):
+            return loops.run(lambda: run(*call.args, **call.kwargs))
+        return run(*call.args, **call.kwargs)
+
+    @property
+    def _contract(self) -> Contract:
+        return cast("Contract", self.contract)
+
+    @property
+    def _kit(self) -> CeleryKit:
+        return cast("CeleryKit", self.app)
+
+
+class AsyncTask(Task[P, R]):
+    """
+    What type checkers see of an ``async def`` task.
+
+    Sent, it is a task like any other; called, it is the coroutine function.
+    """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...  # type: ignore[override]
+
+
+class Using(Generic[P, R]):
+    """A task with options for its calls."""
+
+    def __init__(self, task: Task[P, R], options: SendOptions) -> None:
+        self._task = task
+        self._options = cast("dict[str, Any]", options)
+
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
+        """Send a call with these options."""
+        return self._task.apply_async(args, kwargs, **self._options)
+
+    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
+        """Send a call with these options without blocking the event loop."""
+        return await self._task._asend(args, kwargs, dict(self._options))
+
+    def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
+        """Make a signature with these options."""
+        return self._task.signature(args, kwargs, self._options)
+
+    def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
+        """Make an immutable signature with these options."""
+        return self._task.signature(args, kwargs, self._options, immutable=True)
