@@ -15,7 +15,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 import celery
-import celery.app.task
 from celery.app.backends import BACKEND_ALIASES
 from celery.loaders.app import AppLoader
 from celery.utils.imports import gen_task_name
@@ -27,7 +26,7 @@ from celerykit.canvas import Signature
 from celerykit.contract import Contract, UnresolvedAnnotation
 from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
-from celerykit.publishing import UnreachableBroker, transport_options
+from celerykit.publishing import UnreachableBroker, sending, transport_options
 from celerykit.result import GroupResult, Result, ResultSet
 from celerykit.settings import load
 from celerykit.task import AsyncTask, Task
@@ -50,7 +49,7 @@ class TaskOptions(TypedDict, total=False):
     """The options a task can be declared with."""
 
     name: str
-    base: type[celery.app.task.Task]
+    base: type[celery.Task[Any, Any]]
     strict: bool
     shared: bool
     lazy: bool
@@ -150,7 +149,7 @@ class CeleryKit(celery.Celery):
             ``step(call_next, call)``, the first one outermost.
     """
 
-    task_cls = Task
+    task_cls = cast("Any", Task)
     loader_cls = "celerykit.app:Loader"
 
     def __init__(self, main: str | None = None, *args: Any, steps: Sequence[Step] = (), **kwargs: Any) -> None:
@@ -174,23 +173,24 @@ class CeleryKit(celery.Celery):
 
     def prepare_config(self, c: Any) -> Any:
         """Put the environment over the configuration object, and our defaults under it."""
-        config = by_new_name(c, namespace=self.namespace)
+        stock = cast("Any", self)
+        config = by_new_name(c, namespace=stock.namespace)
         self._settings = load(
             option_table(),
             # What the constructor and `app.conf` were given before anything was read.
-            code=dict(self._preconf),
+            code={name: value for name, value in stock._preconf.items() if name != "deprecated_settings"},
             config=config,
-            config_source=config_name(self._config_source),
+            config_source=config_name(stock._config_source),
             transports=TRANSPORT_ALIASES,
             backends=BACKEND_ALIASES,
             command_options=command_options,
         )
-        return super().prepare_config(dict(self._settings.celery))
+        return super().prepare_config(cast("Any", dict(self._settings.celery)))
 
     # Tasks
 
     if TYPE_CHECKING:
-        task: _Declare
+        task: _Declare  # type: ignore[assignment]
     else:
 
         def task(self, *args: Any, **options: Any) -> Any:
@@ -217,6 +217,26 @@ class CeleryKit(celery.Celery):
             EnqueueError: The broker failed; ``sent`` and ``uncertain`` say which calls it had taken.
         """
         return bulk.enqueue(self, calls)
+
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+        """
+        Send a call by the task's name.
+
+        A task that this app knows is checked, and its result typed, as if it
+        had been called itself; any other is sent as it is.
+
+        Raises:
+            InvalidPayload: The arguments do not fit a task that is known here.
+
+            EnqueueError: The broker did not take the message in time.
+        """
+        # Not `self.tasks`, which would declare every task there is to send one that may live elsewhere.
+        task = None if "task_type" in options else cast("Any", self)._tasks.get(name)
+        if getattr(task, "contract", None) is not None:
+            args, kwargs, options = cast("Any", task).prepare(args, kwargs, options)
+            options.setdefault("result_cls", cast("Any", task).AsyncResult)
+        with sending(self, name):
+            return super().send_task(name, args, kwargs, **options)
 
     @cached_property
     def AsyncResult(self) -> Any:  # noqa: N802  (Celery's name)

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import kombu.exceptions
-
 from celerykit.canvas import Signature
-from celerykit.errors import EnqueueError, InvalidOptions, InvalidPayload
-from celerykit.publishing import UnreachableBroker
+from celerykit.errors import InvalidOptions, InvalidPayload
+from celerykit.publishing import FAILURES, UnreachableBroker
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
@@ -64,9 +62,9 @@ def as_signature(task: Any, call: Arguments | Signature[Any]) -> Signature[Any]:
     if isinstance(call, Signature):  # a mapping too, as all of Celery's are
         return call
     if isinstance(call, Mapping):
-        return Signature(task, (), call, app=task.app)
+        return Signature(task, (), dict(call), app=task.app)
     if isinstance(call, tuple | list):
-        return Signature(task, call, {}, app=task.app)
+        return Signature(task, tuple(call), {}, app=task.app)
     raise InvalidOptions(
         f"{task.name}: a call must be a tuple of arguments, a mapping of named ones, or a signature; "
         f"got {type(call).__name__}. Nothing was sent."
@@ -95,7 +93,7 @@ def _checked(index: int, sig: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     if contract is None:
         raise InvalidOptions(f"call {index}: {sig!r} is not a call of one typed task. Nothing was sent.")
     try:
-        return (sig.type, *sig.type._checked(sig.args, sig.kwargs, sig.options), dict(sig.options))
+        return (sig.type, *sig.type.prepare(sig.args, sig.kwargs, sig.options))
     except InvalidPayload as error:
         raise InvalidPayload(f"call {index}: {error} Nor were the others.", error.task, error.problems) from None
 
@@ -107,7 +105,7 @@ def _publish(producer: Any, batch: list[Any], progress: _Progress) -> None:
     how = {"producer": producer, **({"retry": False} if together else {})}
     with producer.batch(max_size=_BATCH):
         for task, args, kwargs, options in batch:
-            progress.uncertain.append(task._send(args, kwargs, {**options, **how}))
+            progress.uncertain.append(task.send_prepared(args, kwargs, {**options, **how}))
             if not together:
                 progress.settle()
     progress.settle()
@@ -123,7 +121,7 @@ def _in_batches(calls: list[Any]) -> Iterator[list[Any]]:
 def _telling(app: CeleryKit, progress: _Progress) -> Iterator[None]:
     try:
         yield
-    except (EnqueueError, kombu.exceptions.OperationalError, kombu.exceptions.BatchPublishError) as error:
+    except FAILURES as error:
         raise PartlySent(
             f"the broker at {app.connection_for_write().as_uri()} failed in the middle ({error.__cause__ or error}): "
             f"of {progress.total} calls, {len(progress.sent)} were sent and {len(progress.uncertain)} may have been.",

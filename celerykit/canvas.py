@@ -9,7 +9,7 @@ and building it checks the same on the two contracts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast
 
 import celery
 import celery.canvas
@@ -18,15 +18,21 @@ from celerykit.contract import Contract
 from celerykit.errors import InvalidPayload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-
     from celerykit.result import Result
 
 __all__ = ["Chain", "Signature", "check_join"]
 
+A_contra = TypeVar("A_contra", contravariant=True)
 Q = ParamSpec("Q")
 R_co = TypeVar("R_co", covariant=True)
 S = TypeVar("S")
+S_co = TypeVar("S_co", covariant=True)
+
+
+class _Sendable(Protocol[A_contra, Q, S_co]):
+    """A task, plain or ``async def``, by what sending it takes and gives."""
+
+    def delay(self, first: A_contra, /, *args: Q.args, **kwargs: Q.kwargs) -> Result[S_co]: ...
 
 
 class _Joinable(Generic[R_co]):
@@ -37,17 +43,7 @@ class _Joinable(Generic[R_co]):
         def delay(self, *args: Any, **kwargs: Any) -> Result[R_co]: ...
         def apply_async(self, args: Any = ..., kwargs: Any = ..., **options: Any) -> Result[R_co]: ...
 
-        # An `async def` task gives its coroutine's value, so it stands first.
-        @overload
-        def then(
-            self, task: Callable[Concatenate[R_co, Q], Coroutine[Any, Any, S]], /, *args: Q.args, **kwargs: Q.kwargs
-        ) -> Chain[S]: ...
-        @overload
-        def then(
-            self, task: Callable[Concatenate[R_co, Q], S], /, *args: Q.args, **kwargs: Q.kwargs
-        ) -> Chain[S]: ...
-
-    def then(self, task: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def then(self, task: _Sendable[R_co, Q, S], /, *args: Q.args, **kwargs: Q.kwargs) -> Chain[S]:
         """
         Make a chain in which *task* gets this result as its first argument.
 
@@ -58,9 +54,11 @@ class _Joinable(Generic[R_co]):
         Raises:
             InvalidPayload: They do not fit, or *task* cannot take this result.
         """
-        check_join(_contract_of(self), task.contract)
-        args, kwargs = task.contract.dump(args, kwargs, skip=1)
-        return Chain(self, Signature(task, args, kwargs, app=task.app))
+        after: Any = task
+        check_join(_contract_of(self), after.contract)
+        written = after.contract.dump(args, kwargs, skip=1)
+        make: Any = Signature
+        return Chain(cast("Any", self), make(after, *written, app=after.app))
 
 
 class Signature(_Joinable[R_co], celery.canvas.Signature, Generic[R_co]):  # type: ignore[misc]
@@ -68,10 +66,10 @@ class Signature(_Joinable[R_co], celery.canvas.Signature, Generic[R_co]):  # typ
 
     def clone(self, args: Any = None, kwargs: Any = None, **options: Any) -> Signature[R_co]:
         """Copy this signature, with more arguments in front and more options."""
-        stock = super().clone(args, kwargs, **options)
-        copy: Signature[R_co] = type(self)(stock, app=self._app)
-        copy._type = self._type
-        return copy
+        stock: Any = super().clone(args, kwargs, **options)
+        copy: Any = type(self)(stock, app=stock._app)
+        copy._type = stock._type
+        return cast("Signature[R_co]", copy)
 
     # Celery's other name for it, which would stay Celery's own `clone`.
     partial = clone

@@ -327,7 +327,7 @@ def _type_of(name: str, annotation: Any, parameters: Parameters) -> Any:
         return annotation
     if get_origin(annotation) is typing.Unpack:
         return get_args(annotation)[0]
-    return dict[str, annotation]  # type: ignore[valid-type]
+    return dict[str, annotation]
 
 
 def _fields(task: str, types: dict[str, Any], *, strict: bool) -> Fields:

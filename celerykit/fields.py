@@ -135,7 +135,8 @@ class Fields:
 def _adapter(types: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
     # A typed dict rather than a model: its keys may have any name ("copy", "_id", "model_config").
     # total=False: which arguments are missing is the business of `Parameters`.
-    arguments: Any = TypedDict("Arguments", dict(types), total=False)  # type: ignore[operator]
+    make: Any = TypedDict
+    arguments = make("Arguments", dict(types), total=False)
     arguments.__pydantic_config__ = ConfigDict(extra="forbid", val_json_bytes="base64")
     return TypeAdapter(arguments)
 

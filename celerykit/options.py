@@ -7,7 +7,7 @@ Handed to `celerykit.settings`, which does not import Celery.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from celery.app.defaults import NAMESPACES, flatten
 
@@ -16,7 +16,7 @@ __all__ = ["by_new_name", "command_options", "config_name", "option_table"]
 
 def option_table() -> dict[str, tuple[Any, Any]]:
     """Give the type, as Celery writes it, and the default of each of Celery's settings."""
-    return {name: (option.type, option.default) for name, option in flatten(NAMESPACES)}
+    return {name: (option.type, option.default) for name, option in _flattened()}
 
 
 def command_options() -> frozenset[str]:
@@ -62,8 +62,12 @@ def by_new_name(config: Any, *, namespace: str | None) -> dict[str, Any]:
 
 
 def _names() -> Mapping[str, str]:
-    today = {name: name for name, _ in flatten(NAMESPACES)}
-    return {**dict(flatten(NAMESPACES, keyfilter=_old_names)), **today}
+    today = {name: name for name, _ in _flattened()}
+    return {**dict(_flattened(keyfilter=_old_names)), **today}
+
+
+def _flattened(**how: Any) -> Any:
+    return cast("Any", flatten)(NAMESPACES, **how)
 
 
 def _old_names(prefix: str, key: str, option: Any) -> list[tuple[str, str]]:

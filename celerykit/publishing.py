@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import kombu.exceptions
 from kombu.utils.json import JSONEncoder
@@ -20,7 +20,14 @@ from celerykit.errors import EnqueueError, InvalidOptions, Problem
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
-__all__ = ["UnreachableBroker", "check_body", "check_delay", "sending", "transport_options"]
+__all__ = ["FAILURES", "UnreachableBroker", "check_body", "check_delay", "sending", "transport_options"]
+
+#: What Kombu raises when a broker cannot be reached, or fails.
+FAILURES: tuple[type[Exception], ...] = (
+    kombu.exceptions.OperationalError,
+    cast("Any", kombu.exceptions).BatchPublishError,
+    EnqueueError,
+)
 
 #: Kombu's own encoder, as the body will be written by it, but refusing what is not JSON.
 _encode = JSONEncoder(allow_nan=False).encode
@@ -49,9 +56,9 @@ def sending(app: CeleryKit, what: str) -> Iterator[None]:
     """Say which message was not taken, by which broker, in place of Kombu's bare error."""
     try:
         yield
-    except EnqueueError:
-        raise
-    except (kombu.exceptions.OperationalError, kombu.exceptions.BatchPublishError) as error:
+    except FAILURES as error:
+        if isinstance(error, EnqueueError):
+            raise
         raise _unreachable(app, what, error) from error
 
 

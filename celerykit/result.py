@@ -50,7 +50,7 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         # Unknown, until `send_task` says so: a result made from an id does not know how the call was sent.
         self._ignored: bool | None = None
 
-    def get(  # type: ignore[override]
+    def get(
         self,
         timeout: float | None = None,
         propagate: bool = True,
@@ -77,7 +77,8 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         """
         self.check_stored()
         typed = callback and self._typed(callback)
-        value = super().get(timeout, propagate, *args, callback=typed, **kwargs)
+        stock: Any = super().get
+        value = stock(timeout, propagate, *args, callback=typed, **kwargs)
         return cast("R_co", self.load(value))
 
     # Celery's old name for it, which would stay Celery's own `get`.
@@ -106,7 +107,7 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
 
     def _is_over(self, *, propagate: bool) -> bool:
         if propagate and self.parent is not None:
-            self._maybe_reraise_parent_error()
+            cast("Any", self)._maybe_reraise_parent_error()
         return bool(self.ready())
 
     def load(self, value: Any) -> Any:
@@ -170,21 +171,19 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         return self.id, self.backend, self.task_name, None, self.parent
 
 
-class EagerResult(celery.result.EagerResult, Generic[R_co]):
+class EagerResult(celery.result.EagerResult[R_co], Generic[R_co]):
     """The result of a call that was run in place, as typed as one from a worker."""
 
     _contract: Contract | None = None
 
     @classmethod
-    def of(cls, stock: celery.result.EagerResult, contract: Contract | None) -> EagerResult[Any]:
+    def of(cls, stock: celery.result.EagerResult[Any], contract: Contract | None) -> EagerResult[Any]:
         """Take over what Celery's own eager call gave."""
-        result = cls(*stock.__reduce_args__())
+        result = cls(*cast("Any", stock).__reduce_args__())
         result._contract = contract
         return result
 
-    def get(  # type: ignore[override]
-        self, timeout: float | None = None, propagate: bool = True, *args: Any, **kwargs: Any
-    ) -> R_co:
+    def get(self, timeout: float | None = None, propagate: bool = True, *args: Any, **kwargs: Any) -> R_co:
         """Give what the task returned, or raise its error."""
         value: Any = super().get(timeout, propagate, *args, **kwargs)
         if self._contract is None or isinstance(value, BaseException):
@@ -201,7 +200,7 @@ class EagerResult(celery.result.EagerResult, Generic[R_co]):
 class _Joined:
     """Several results that are read each in its own type."""
 
-    results: list[Any]
+    results: Any
 
     def join(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Gather all results, in order; each is read by its own `Result.get`."""

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
 
 import celery
 
@@ -21,7 +21,7 @@ from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.errors import InvalidPayload
 from celerykit.headers import Headers
-from celerykit.publishing import check_body, check_delay, sending
+from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = ["STEPS", "AsyncTask", "SendOptions", "Task", "Using"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 #: Outermost first. A user's steps come before these: they may refuse a call that was not read yet.
 STEPS: tuple[Step, ...] = (validated,)
@@ -75,6 +76,13 @@ class SendOptions(TypedDict, total=False):
     delivery_mode: int
     expiration: float
     mandatory: bool
+
+
+class _Sign(Protocol[P, R_co]):
+    @overload
+    def __call__(self) -> Signature[R_co]: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R_co]: ...
 
 
 class Task(celery.Task[P, R], Generic[P, R]):
@@ -138,17 +146,23 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """
         if self.contract is None:
             return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
-        return self._send(*self._checked(args, kwargs, options), options)
+        return self.send_prepared(*self.prepare(args, kwargs, options))
 
-    def _send(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
-        """Send a call whose arguments have been checked."""
-        headers = Headers(contract=self._contract.fingerprint).added_to(options.pop("headers", None))
+    def prepare(
+        self, args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, options: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any], dict[str, Any]]:
+        """Check a call, and give what is to be sent: arguments as JSON values, and options with our header."""
+        args, kwargs = self._checked(args, kwargs, options)
+        options = dict(options)
+        options["headers"] = Headers(contract=self._contract.fingerprint).added_to(options.get("headers"))
         if options.get("chord") is not None:
             # Backends without a join of their own look for the members' results; without them a chord never ends.
             options["ignore_result"] = False
-        with sending(self._kit, str(self.name)):
-            sent = super().apply_async(cast("Any", args), cast("Any", kwargs), headers=headers, **options)
-        return cast("Result[R]", sent)
+        return args, kwargs, options
+
+    def send_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
+        """Send what `prepare` gave."""
+        return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
 
     async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
         """
@@ -161,8 +175,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     async def _asend(self, args: Any, kwargs: Any, options: dict[str, Any]) -> Result[R]:
         options = {**self._family(), **options}
-        args, kwargs = self._checked(args, kwargs, options)
-        return await self._kit.publish_in_thread(str(self.name), partial(self._send, args, kwargs, options))
+        prepared = self.prepare(args, kwargs, options)
+        return await self._kit.publish_in_thread(str(self.name), partial(self.send_prepared, *prepared))
 
     def _family(self) -> dict[str, Any]:
         # Celery knows the running task by its thread, and the publish is on another one.
@@ -192,7 +206,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """
         return bulk.enqueue(self._kit, [bulk.as_signature(self, call) for call in calls])
 
-    def signature(  # type: ignore[override]
+    def signature(
         self,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
@@ -210,21 +224,18 @@ class Task(celery.Task[P, R], Generic[P, R]):
             check = self.contract.dump if immutable else self.contract.dump_partial
             args, kwargs = check(args or (), kwargs or {})
         more.setdefault("app", self.app)
-        return Signature(self, args, kwargs, options, *rest, immutable=immutable, **more)
+        make: Any = Signature
+        return cast("Signature[R]", make(self, args, kwargs, options, *rest, immutable=immutable, **more))
 
     # Celery's other name for it, which would stay Celery's own `signature`.
     subtask = signature
 
     if TYPE_CHECKING:
 
-        @overload  # type: ignore[override]
-        def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]: ...
-        @overload
-        def s(self) -> Signature[R]: ...
-        @overload  # type: ignore[override]
+        # With all its arguments, or with none yet: behind another task, in a chain.
+        s: _Sign[P, R]
+
         def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]: ...
-        @overload
-        def si(self) -> Signature[R]: ...
 
     def map(self, it: Iterable[Any]) -> Any:
         """Make a signature that runs this task on each item, one after the other, in one worker."""
@@ -296,9 +307,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """
         request = self.request
         if request.called_directly or hasattr(request, _ENTERED):
-            return self._called_as_function(args, kwargs)
+            return cast("R", self._called_as_function(args, kwargs))
         if self.contract is None:
-            return cast("R", self.run(*args, **kwargs))
+            return self.run(*args, **kwargs)
         setattr(request, _ENTERED, True)
         try:
             return cast("R", self._pipeline(self._call(request, args, kwargs)))

@@ -1,0 +1,34 @@
+"""
+What users get wrong: each line with a mark is an error in every checker, and no other line is.
+
+Without celery-types mypy takes Celery's `Task` for `Any`, and with it whether a task is what `then` wants.
+"""
+
+from __future__ import annotations
+
+from good import Order, Receipt, app, charge, fetch, mail, order, ship
+
+charge.delay(1)  # wrong: the type of an argument
+charge.delay()  # wrong: a missing argument
+charge.delay(order, currencyy="EUR")  # wrong: a misspelt argument
+charge.delay(order, currency="GBP")  # wrong: a value that is not one of the literals
+charge.delay(order).get().totl  # wrong: the result is a Receipt
+charge(order).totl  # wrong: so is what the function returns
+ship.delay(None, Receipt(total=1))  # wrong: a bound task is called without itself
+fetch.delay(b"u")  # wrong: an `async def` task is as typed as any
+charge.using(countdwn=5)  # wrong: a misspelt option
+charge.using(countdown="5").delay(order)  # wrong: the type of an option
+charge.using(countdown=5).delay(1)  # wrong: options do not loosen the parameters
+charge.s(1)  # wrong: nor does a signature
+charge.s(order).then(mail)  # wrong, and mypy needs celery-types to see it: a Receipt is no str
+charge.s(order).then(ship, expres=True)  # wrong: a misspelt argument of the next task
+charge.AsyncResult("id").get().totl  # wrong: a result by its id is typed
+
+
+@app.task(queu="x")  # wrong: a misspelt option of a task
+def f(order: Order) -> None: ...
+
+
+async def g() -> None:
+    await charge.adelay(1)  # wrong: `adelay` is as typed as `delay`
+    (await (await charge.adelay(order)).aget()).totl  # wrong: and so is what it gives

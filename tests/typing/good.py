@@ -1,0 +1,115 @@
+"""
+What users write, and what type checkers must make of it: no error here, in any checker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from decimal import Decimal
+from typing import Any, Literal, assert_type
+
+from celery import chain, chord, group
+from pydantic import BaseModel
+
+from celerykit import Call, CeleryKit, Next, Result, Task, shared_task
+
+Currency = Literal["EUR", "USD"]
+
+
+class Order(BaseModel):
+    order_id: int
+
+
+class Receipt(BaseModel):
+    total: Decimal
+
+
+def timed(call_next: Next, call: Call) -> Any:
+    return call_next(call)
+
+
+app = CeleryKit("shop", broker="memory://", steps=[timed])
+
+
+@app.task
+def charge(order: Order, *, currency: Currency = "EUR") -> Receipt:
+    return Receipt(total=Decimal(order.order_id))
+
+
+@app.task(bind=True, acks_late=True, max_retries=None)
+def ship(self: Task[..., Any], receipt: Receipt, express: bool = False) -> str:
+    return f"{self.request.id} {receipt.total} {express}"
+
+
+@app.task(queue="mail", strict=True)
+def mail(text: str) -> None: ...
+
+
+@app.task
+async def fetch(url: str) -> bytes:
+    await asyncio.sleep(0)
+    return url.encode()
+
+
+@app.task(bind=True)
+async def fetch_bound(self: Task[..., Any], url: str) -> int:
+    return len(url)
+
+
+@shared_task
+def total(receipts: list[Receipt]) -> Decimal:
+    return sum((receipt.total for receipt in receipts), Decimal())
+
+
+@shared_task(name="shop.audit", ignore_result=False)
+def audit(receipt: Receipt) -> None: ...
+
+
+order = Order(order_id=1)
+
+# A call, its result, and the task as a plain function.
+assert_type(charge.delay(order), Result[Receipt])
+assert_type(charge.delay(order, currency="USD").get(timeout=3), Receipt)
+assert_type(charge.apply_async((order,), countdown=5), Result[Receipt])
+assert_type(charge(order), Receipt)
+assert_type(charge.AsyncResult("id").get(), Receipt)
+assert_type(charge.apply((order,)).get(), Receipt)
+
+# A bound task, called without itself.
+assert_type(ship.delay(Receipt(total=Decimal(1)), express=True), Result[str])
+assert_type(ship(Receipt(total=Decimal(1)), True), str)
+
+# Options, with the task's own parameters still checked.
+assert_type(charge.using(countdown=5, queue="slow").delay(order, currency="USD").get(), Receipt)
+
+# An `async def` task: its value when sent, its coroutine when called.
+assert_type(fetch.delay("u").get(), bytes)
+coroutine: Coroutine[Any, Any, bytes] = fetch("u")
+assert_type(fetch_bound.delay("u").get(), int)
+
+# Shared tasks.
+assert_type(total.delay([Receipt(total=Decimal(1))]).get(), Decimal)
+assert_type(audit.delay(Receipt(total=Decimal(1))).get(), None)
+
+
+async def in_a_web_request() -> Receipt:
+    sent = await charge.adelay(order, currency="USD")
+    assert_type(sent, Result[Receipt])
+    assert_type(await charge.using(priority=3).adelay(order), Result[Receipt])
+    return await sent.aget(timeout=3)
+
+
+# Chains whose joins are checked.
+assert_type(charge.s(order).then(ship, express=True).delay().get(), str)
+assert_type(charge.s(order).then(ship).then(mail).delay().get(), None)
+assert_type(charge.s(order).then(ship).then(fetch).delay().get(), bytes)
+
+# Stock canvas.
+chain(charge.s(order), ship.s()).apply_async()
+chord([charge.s(order)], total.s()).apply_async()
+group([charge.si(order), charge.s(order).set(queue="slow")]).apply_async()
+
+# Many calls.
+assert_type(charge.enqueue_many([(order,), {"order": order}, charge.s(order)]), list[Result[Receipt]])
+app.enqueue_many([charge.s(order), mail.s("hello")])
