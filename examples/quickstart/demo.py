@@ -1,0 +1,144 @@
+"""
+See celerykit work on this machine: an embedded Valkey, a stock `celery worker`, and the shop.
+
+Started by `make demo`. Everything it starts, it stops, also on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from uuid import uuid4
+
+from celerykit.dev import processes
+from celerykit.dev.servers import Server, ServerFailed, ServerNotFound, find_binary
+
+HERE = Path(__file__).parent
+
+#: Seconds: for the worker to be ready, and for any one result.
+READY_WITHIN, RESULT_WITHIN = 30.0, 20.0
+
+
+def say(line: str = "") -> None:
+    print(line, flush=True)
+
+
+def show(code: str, call: Callable[[], object]) -> None:
+    """Print a line of code, what it gives or raises, and how long that took."""
+    started = time.perf_counter()
+    try:
+        outcome = repr(call())
+    except Exception as error:  # the demo shows errors
+        outcome = f"{type(error).__name__}: {error}"
+    say(f"\n>>> {code}\n{outcome}\n    {(time.perf_counter() - started) * 1000:.0f} ms")
+
+
+@contextlib.contextmanager
+def worker(env: dict[str, str]) -> Iterator[Path]:
+    """Run a stock worker, and give the file it logs to."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "worker.log"
+        command = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--loglevel", "INFO", "--concurrency", "2"]
+        with log.open("wb") as output, contextlib.chdir(HERE):
+            process = processes.spawn(command, env=env, output=output)
+        try:
+            wait_for(lambda: " ready." in log.read_text(), of=process, log=log)
+            yield log
+        finally:
+            processes.stop(process, grace=10)
+
+
+def wait_for(condition: Callable[[], bool], *, of: processes.subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + READY_WITHIN
+    while not condition():
+        if of.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"the worker did not start:\n{log.read_text()}")
+        time.sleep(0.05)
+
+
+def typed_calls() -> None:
+    from shop import Order, charge, email_receipt, exchange_rate, turnover
+
+    from celery import chord
+
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+
+    say("\n== Typed calls: models in, models out")
+    show("charge.delay(order).get()", lambda: charge.delay(order).get(timeout=RESULT_WITHIN))
+    show(
+        "charge.s(order).then(email_receipt, cc='books@shop.example').delay().get()",
+        lambda: charge.s(order).then(email_receipt, cc="books@shop.example").delay().get(timeout=RESULT_WITHIN),
+    )
+    show(
+        "chord([charge.s(order)] * 3, turnover.s())().get()",
+        lambda: chord([charge.s(order) for _ in range(3)], turnover.s())().get(timeout=RESULT_WITHIN),
+    )
+    show(
+        "exchange_rate.delay('EUR', 'USD').get()   # async def",
+        lambda: exchange_rate.delay("EUR", "USD").get(timeout=RESULT_WITHIN),
+    )
+    show(
+        "[r.get() for r in charge.enqueue_many([(order,)] * 500)]   # how many?",
+        lambda: len([result.get(timeout=RESULT_WITHIN) for result in charge.enqueue_many([(order,)] * 500)]),
+    )
+
+
+def wrong_calls() -> None:
+    from shop import Order, app, charge, exchange_rate
+
+    import celery
+
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+    wrong = {"order_id": "17", "amount": -1}
+    stranger = celery.Celery(broker=app.conf.broker_url, backend=app.conf.result_backend, set_as_current=False)
+
+    say("\n== Wrong calls: refused before anything is sent")
+    show("charge.delay({'order_id': '17', 'amount': -1})", lambda: charge.delay(wrong))  # type: ignore[arg-type]
+    show("charge.delay(order, curency='USD')", lambda: charge.delay(order, curency="USD"))  # type: ignore[call-arg]
+    show("charge.s(order).then(exchange_rate, 'EUR')", lambda: charge.s(order).then(exchange_rate, "EUR"))  # type: ignore[arg-type]
+
+    say("\n== A wrong message, sent past us with plain Celery: refused in the worker, and never run")
+    show(
+        "Celery().send_task('shop.charge', [{'order_id': '17', 'amount': -1}]).get()",
+        lambda: stranger.send_task("shop.charge", [wrong]).get(timeout=RESULT_WITHIN),
+    )
+
+
+def demo() -> None:
+    # SIGTERM unwinds as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Server(find_binary(wheel_first=True)))
+        os.environ |= {"CELERY_BROKER_URL": server.url, "CELERY_RESULT_BACKEND": server.backend_url}
+        say(f"{server.binary.name} and a stock celery worker are starting ...")
+        log = stack.enter_context(worker(dict(os.environ)))
+        say(f"ready after {time.perf_counter() - started:.1f} s")
+        sys.path.insert(0, str(HERE))
+        typed_calls()
+        wrong_calls()
+        ran = log.read_text().count("succeeded in")
+        say(f"\n{ran} tasks succeeded, {time.perf_counter() - started:.1f} s in all. Stopping everything ...")
+
+
+def main() -> int:
+    try:
+        demo()
+    except (ServerNotFound, ServerFailed) as error:
+        print(f"make demo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

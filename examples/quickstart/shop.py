@@ -1,0 +1,57 @@
+"""
+A small shop: everything an app needs, and four tasks.
+
+Run its worker with Celery's own command::
+
+    celery -A shop worker
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, Field
+
+from celerykit import CeleryKit
+
+# The broker and everything else come from the environment: CELERY_BROKER_URL, CELERY_RESULT_BACKEND, ...
+app = CeleryKit("shop")
+
+Currency = Literal["EUR", "USD"]
+
+
+class Order(BaseModel):
+    order_id: UUID
+    amount: Annotated[Decimal, Field(gt=0)]
+
+
+class Receipt(BaseModel):
+    order_id: UUID
+    charged: Decimal
+    currency: Currency
+
+
+@app.task
+def charge(order: Order, *, currency: Currency = "EUR") -> Receipt:
+    """Charge an order; what comes in and goes out are models."""
+    return Receipt(order_id=order.order_id, charged=order.amount, currency=currency)
+
+
+@app.task
+def email_receipt(receipt: Receipt, *, cc: str | None = None) -> str:
+    """Send a receipt, and say to whom."""
+    return f"receipt for {receipt.charged} {receipt.currency} sent" + (f", copy to {cc}" if cc else "")
+
+
+@app.task
+def turnover(receipts: list[Receipt]) -> Decimal:
+    """Add receipts up: the body of a chord, behind a group of charges."""
+    return sum((receipt.charged for receipt in receipts), Decimal())
+
+
+@app.task
+async def exchange_rate(base: Currency, quote: Currency) -> Decimal:
+    """Look a rate up; an `async def` task runs in the same stock worker."""
+    return Decimal("1.08") if (base, quote) == ("EUR", "USD") else Decimal("0.93")
