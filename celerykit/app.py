@@ -26,7 +26,7 @@ from celerykit.canvas import Signature
 from celerykit.contract import Contract, UnresolvedAnnotation
 from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
-from celerykit.publishing import UnreachableBroker, sending, transport_options
+from celerykit.publishing import UnreachableBroker, sending, transport_options, wait_within
 from celerykit.result import GroupResult, Result, ResultSet
 from celerykit.settings import load
 from celerykit.task import AsyncTask, Task
@@ -218,7 +218,9 @@ class CeleryKit(celery.Celery):
         """
         return bulk.enqueue(self, calls)
 
-    def send_task(self, name: str, args: Any = None, kwargs: Any = None, **options: Any) -> Any:
+    def send_task(  # type: ignore[override]
+        self, name: str, args: Any = None, kwargs: Any = None, **options: Any
+    ) -> Any:
         """
         Send a call by the task's name.
 
@@ -257,11 +259,14 @@ class CeleryKit(celery.Celery):
 
     def connection_for_write(self, url: Any = None, **kwargs: Any) -> Any:
         """Connect to publish: as Celery does, but no wait on the broker is without an end."""
-        url = url or self.conf.broker_write_url
         kit = self.settings.kit
-        ours = {} if kit.profile == "stock" else transport_options(url, kit.publish_deadline.total_seconds())
+        if kit.profile == "stock":
+            return super().connection_for_write(url, **kwargs)
+        url = url or self.conf.broker_write_url
+        wait = wait_within(kit.publish_deadline.total_seconds())
+        kwargs.setdefault("connect_timeout", wait)
         kwargs["transport_options"] = {
-            **ours,
+            **transport_options(url, wait=wait),
             **self.conf.broker_transport_options,
             **(kwargs.get("transport_options") or {}),
         }

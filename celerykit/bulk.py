@@ -103,7 +103,8 @@ def _publish(producer: Any, batch: list[Any], progress: _Progress) -> None:
     together = producer.supports_batch_publish
     # What is put aside for a batch is not on its way yet, so there is nothing to try again.
     how = {"producer": producer, **({"retry": False} if together else {})}
-    with producer.batch(max_size=_BATCH):
+    # One more than there are: what is sent when it is full would be sent within somebody's `send_prepared`.
+    with producer.batch(max_size=_BATCH + 1):
         for task, args, kwargs, options in batch:
             progress.uncertain.append(task.send_prepared(args, kwargs, {**options, **how}))
             if not together:

@@ -45,13 +45,14 @@ class Row:
     reason: str = ""
 
 
-def settings_of(app: str | None) -> Settings:
+def settings_of(app: Any) -> Settings:
     """
-    Return the settings of the app that ``-A`` names, found as Celery finds it.
+    Return the settings of an app.
 
     Args:
         app:
-            Without one, the settings an app without code would have here.
+            The app, or what ``-A`` says: it is found as Celery finds it. With
+            None, the settings an app without code would have here.
 
     Raises:
         AppNotFound: There is none, or it cannot be imported.
@@ -62,10 +63,10 @@ def settings_of(app: str | None) -> Settings:
         from celerykit.app import CeleryKit
 
         return CeleryKit("celerykit", set_as_current=False).settings
-    found = _find(app)
+    found = _find(app) if isinstance(app, str) else app
     settings = getattr(found, "settings", None)
     if not isinstance(settings, Settings):
-        raise AppNotFound(f"-A {app}: found a {type(found).__name__}, and not a celerykit.CeleryKit.")
+        raise AppNotFound(f"-A {app}: it is a {type(found).__name__}, and not a celerykit.CeleryKit.")
     return settings
 
 
@@ -77,10 +78,17 @@ def _find(app: str) -> Any:
     except InvalidSettings:
         raise
     except Exception as error:  # noqa: BLE001  (an edge: importing somebody's module can raise anything)
-        # Its message may quote a URL.
-        why = mask_text(f"{type(error).__name__}: {error}")
         remedy = "Name a module with an app in it, as for `celery -A`, such as shop or shop.tasks:app."
-        raise AppNotFound(f"-A {app}: {why}. {remedy}") from None
+        raise AppNotFound(f"-A {app}: {_why_not_found(app, error)}. {remedy}") from None
+
+
+def _why_not_found(app: str, error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == app and ":" in app:
+        # Celery looks for a module of that name when the one before the colon has no such attribute.
+        module, _, attribute = app.partition(":")
+        return f"{module} has no {attribute!r}"
+    # What others raise may quote a URL.
+    return mask_text(f"{type(error).__name__}: {error}").strip().removesuffix(".")
 
 
 def rows(settings: Settings, *, everything: bool = False) -> list[Row]:

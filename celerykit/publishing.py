@@ -20,7 +20,7 @@ from celerykit.errors import EnqueueError, InvalidOptions, Problem
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
-__all__ = ["FAILURES", "UnreachableBroker", "check_body", "check_delay", "sending", "transport_options"]
+__all__ = ["FAILURES", "UnreachableBroker", "check_body", "check_delay", "sending", "transport_options", "wait_within"]
 
 #: What Kombu raises when a broker cannot be reached, or fails.
 FAILURES: tuple[type[Exception], ...] = (
@@ -32,8 +32,8 @@ FAILURES: tuple[type[Exception], ...] = (
 #: Kombu's own encoder, as the body will be written by it, but refusing what is not JSON.
 _encode = JSONEncoder(allow_nan=False).encode
 
-#: A broker that stops answering is waited for when connecting and again when sending.
-_WAITS = 2
+#: A broker that stops answering is waited for when sending, connecting anew, and sending again.
+_WAITS = 3
 
 
 class UnreachableBroker(EnqueueError, kombu.exceptions.OperationalError):
@@ -78,18 +78,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def transport_options(url: str | None, deadline: float) -> dict[str, Any]:
+def wait_within(deadline: float) -> float:
+    """Give the seconds that one wait of a publish may take, for all of them to end within *deadline*."""
+    return deadline / _WAITS
+
+
+def transport_options(url: Any, *, wait: float) -> dict[str, Any]:
     """
-    Give the connection options that end a producer's waits.
+    Give the connection options that end a producer's waits, in seconds each.
 
     For producers only: a worker waits for its broker as long as it takes.
-
-    Args:
-        deadline:
-            In seconds, for a whole publish.
     """
-    wait = deadline / _WAITS
-    scheme = (url or "").partition(":")[0]
+    scheme = str(url or "").partition(":")[0]
     if scheme.startswith(("redis", "sentinel")):
         return {"socket_timeout": wait, "socket_connect_timeout": wait}
     if scheme in ("amqp", "amqps", "pyamqp", "py-amqp"):

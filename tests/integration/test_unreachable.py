@@ -1,0 +1,164 @@
+"""
+Publishing ends, in seconds, whatever the broker and the result backend do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import kombu.exceptions
+import pytest
+from celery.signals import before_task_publish
+
+from celerykit import CeleryKit, EnqueueError
+from celerykit.bulk import PartlySent
+from tests import services
+
+#: `CELERYKIT_PUBLISH_DEADLINE` in these tests, and what a call may take at the most, in seconds.
+DEADLINE, AT_MOST = 1.0, 4.0
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Celery lets it win over what an app is given.
+    monkeypatch.delenv("CELERY_BROKER_URL", raising=False)
+    monkeypatch.delenv("CELERY_RESULT_BACKEND", raising=False)
+
+
+def app_at(broker: str, *, backend: str | None = None) -> CeleryKit:
+    return CeleryKit("unreachable", broker=broker, backend=backend, publish_deadline=DEADLINE, set_as_current=False)
+
+
+def task_of(app: CeleryKit) -> Any:
+    @app.task(name="ping", ignore_result=False)
+    def ping(n: int = 0) -> int:
+        return n
+
+    return ping
+
+
+@contextmanager
+def ends_soon() -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    assert time.monotonic() - started < AT_MOST
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_a_broker_that_refuses_is_an_error_that_says_so(scheme: str) -> None:
+    with services.refused() as port:
+        ping = task_of(app_at(f"{scheme}://guest:hunter2@127.0.0.1:{port}//"))
+        with ends_soon(), pytest.raises(EnqueueError, match=r"ping: the broker at .* was not sent") as error:
+            ping.delay()
+
+    assert isinstance(error.value, kombu.exceptions.OperationalError)
+    assert error.value.may_have_been_sent is False  # type: ignore[attr-defined]
+    assert "CELERY_BROKER_URL" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "amqp"])
+def test_a_broker_that_never_answers_does_not_hang_the_caller(scheme: str) -> None:
+    with services.frozen() as port:
+        ping = task_of(app_at(f"{scheme}://guest@127.0.0.1:{port}//"))
+        with ends_soon(), pytest.raises(EnqueueError, match="may or may not have been sent"):
+            ping.delay()
+        with ends_soon(), pytest.raises(EnqueueError):
+            ping.s().apply_async()
+
+
+def test_an_async_caller_is_not_blocked_by_a_broker_that_never_answers() -> None:
+    async def call(ping: Any) -> int:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        with pytest.raises(EnqueueError):
+            await ping.adelay()
+        ticking.cancel()
+        return ticks
+
+    with services.frozen() as port, ends_soon():
+        assert asyncio.run(call(task_of(app_at(f"redis://127.0.0.1:{port}/0")))) > 10
+
+
+def test_many_calls_say_that_none_was_sent() -> None:
+    with services.refused() as port:
+        ping = task_of(app_at(f"redis://127.0.0.1:{port}/0"))
+        with ends_soon(), pytest.raises(PartlySent, match="of 3 calls, 0 were sent") as error:
+            ping.enqueue_many([(1,), (2,), (3,)])
+
+    assert (error.value.sent, len(error.value.uncertain)) == ([], 0)
+
+
+def test_many_calls_say_which_were_sent_when_the_broker_dies_midway() -> None:
+    with services.valkey() as server:
+        ping = task_of(app_at(server.url))
+        sent = 0
+
+        def kill_after_600(**_: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent == 600:
+                server.kill()
+
+        before_task_publish.connect(kill_after_600, sender="ping")
+        try:
+            with ends_soon(), pytest.raises(PartlySent, match="of 1200 calls, 500 were sent") as error:
+                ping.enqueue_many([(n,) for n in range(1200)])
+        finally:
+            before_task_publish.disconnect(kill_after_600, sender="ping")
+
+    assert len(error.value.sent) == 500
+    assert len(error.value.uncertain) == 500
+
+
+@pytest.mark.parametrize("behaviour", [services.refused, services.frozen])
+def test_a_dead_result_backend_does_not_stop_publishing(behaviour: Any) -> None:
+    with services.valkey() as server, behaviour() as port:
+        ping = task_of(app_at(server.url, backend=f"redis://127.0.0.1:{port}/0"))
+        with ends_soon():
+            ping.delay(1)
+            ping.enqueue_many([(1,), (2,)])
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process where it stands."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_valkey_that_freezes_between_two_publishes_does_not_hang_the_caller() -> None:
+    with services.valkey() as server:
+        ping = task_of(app_at(server.url, backend=server.backend_url))
+        ping.delay()
+        assert server.pid
+        with stopped(server.pid), ends_soon(), pytest.raises(EnqueueError):
+            ping.delay()
+        ping.delay()
+
+
+@pytest.mark.timeout(120)
+def test_a_rabbitmq_that_freezes_between_two_publishes_does_not_hang_the_caller() -> None:
+    with services.rabbitmq() as broker:
+        ping = task_of(app_at(broker.url))
+        ping.delay()
+        assert broker.pid
+        with stopped(broker.pid), ends_soon(), pytest.raises(EnqueueError):
+            ping.delay()
+        ping.delay()
