@@ -2,23 +2,50 @@
 celerykit: typed tasks on real Celery.
 """
 
-from celerykit.app import CeleryKit, shared_task
-from celerykit.call import Call, Next, Step
-from celerykit.canvas import Signature
-from celerykit.errors import (
-    CelerykitError,
-    EnqueueError,
-    InvalidContract,
-    InvalidOptions,
-    InvalidPayload,
-    InvalidSettings,
-    ResultMismatch,
-    ResultNotStored,
-)
-from celerykit.result import Result
-from celerykit.task import Task
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celerykit.app import CeleryKit, shared_task
+    from celerykit.call import Call, Next, Step
+    from celerykit.canvas import Signature
+    from celerykit.errors import (
+        CelerykitError,
+        EnqueueError,
+        InvalidContract,
+        InvalidOptions,
+        InvalidPayload,
+        InvalidSettings,
+        ResultMismatch,
+        ResultNotStored,
+    )
+    from celerykit.result import Result
+    from celerykit.task import Task
 
 __version__ = "0.1.0"
+
+#: Where each public name lives. Imported when it is used: Celery imports our command line's plug-in on every
+#: `celery ...`, and should not have to import pydantic for it.
+_HOMES = {
+    "Call": "call",
+    "CeleryKit": "app",
+    "CelerykitError": "errors",
+    "EnqueueError": "errors",
+    "InvalidContract": "errors",
+    "InvalidOptions": "errors",
+    "InvalidPayload": "errors",
+    "InvalidSettings": "errors",
+    "Next": "call",
+    "Result": "result",
+    "ResultMismatch": "errors",
+    "ResultNotStored": "errors",
+    "Signature": "canvas",
+    "Step": "call",
+    "Task": "task",
+    "shared_task": "app",
+}
 
 __all__ = [
     "Call",
@@ -38,3 +65,15 @@ __all__ = [
     "Task",
     "shared_task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'celerykit' has no attribute {name!r}")
+    value = getattr(import_module(f"celerykit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

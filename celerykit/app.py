@@ -12,7 +12,19 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 import celery
 from celery.app.backends import BACKEND_ALIASES
@@ -28,7 +40,7 @@ from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options, wait_within
 from celerykit.result import GroupResult, Result, ResultSet
-from celerykit.settings import load
+from celerykit.settings import load, settle
 from celerykit.task import AsyncTask, Task
 
 if TYPE_CHECKING:
@@ -102,6 +114,8 @@ class Loader(AppLoader):
         "redis": "celerykit.backends:RedisBackend",
         "rediss": "celerykit.backends:RedisBackend",
         "sentinel": "celerykit.backends:SentinelBackend",
+        "valkey": "celerykit.backends:RedisBackend",
+        "valkeys": "celerykit.backends:RedisBackend",
     }
 
 
@@ -175,16 +189,19 @@ class CeleryKit(celery.Celery):
         """Put the environment over the configuration object, and our defaults under it."""
         stock = cast("Any", self)
         config = by_new_name(c, namespace=stock.namespace)
+        # What the constructor and `app.conf` were given before anything was read.
+        code = {name: value for name, value in stock._preconf.items() if name != "deprecated_settings"}
         self._settings = load(
             option_table(),
-            # What the constructor and `app.conf` were given before anything was read.
-            code={name: value for name, value in stock._preconf.items() if name != "deprecated_settings"},
+            code=code,
             config=config,
             config_source=config_name(stock._config_source),
             transports=TRANSPORT_ALIASES,
             backends=BACKEND_ALIASES,
             command_options=command_options,
         )
+        # Celery lays these over what it gets from here; laid over as they were read, "False" is false.
+        stock._preconf.update({name: self._settings.celery[name] for name in code if name in self._settings.celery})
         return super().prepare_config(cast("Any", dict(self._settings.celery)))
 
     # Tasks
@@ -260,9 +277,9 @@ class CeleryKit(celery.Celery):
     def connection_for_write(self, url: Any = None, **kwargs: Any) -> Any:
         """Connect to publish: as Celery does, but no wait on the broker is without an end."""
         kit = self.settings.kit
+        url = self._settled(url or self.conf.broker_write_url)
         if kit.profile == "stock":
             return super().connection_for_write(url, **kwargs)
-        url = url or self.conf.broker_write_url
         wait = wait_within(kit.publish_deadline.total_seconds())
         kwargs.setdefault("connect_timeout", wait)
         kwargs["transport_options"] = {
@@ -271,6 +288,14 @@ class CeleryKit(celery.Celery):
             **(kwargs.get("transport_options") or {}),
         }
         return super().connection_for_write(url, **kwargs)
+
+    def connection_for_read(self, url: Any = None, **kwargs: Any) -> Any:
+        """Connect to consume, as Celery does."""
+        return super().connection_for_read(self._settled(url or self.conf.broker_read_url), **kwargs)
+
+    def _settled(self, url: Any) -> Any:
+        # Celery takes CELERY_BROKER_URL from the environment by itself, past our settings.
+        return settle(url, has_tls_options=bool(self.conf.broker_use_ssl))
 
     async def publish_in_thread(self, what: str, send: Callable[[], R]) -> R:
         """
@@ -325,11 +350,16 @@ def _declared(
     fun: Callable[..., Any], options: dict[str, Any], namespace: Mapping[str, Any], app: CeleryKit | None
 ) -> dict[str, Any]:
     name = options.get("name") or gen_task_name(app, fun.__name__, fun.__module__)
+    if name.startswith("celery."):
+        return options
     _check_options(name, options)
     base = options.get("base")
     if base is not None and not issubclass(base, Task):
         # A base class written for stock Celery keeps its say, in front of ours.
-        options = {**options, "base": type(base.__name__, (base, Task if app is None else app.Task), {"abstract": True})}
+        options = {
+            **options,
+            "base": type(base.__name__, (base, Task if app is None else app.Task), {"abstract": True}),
+        }
     try:
         contract = Contract(
             name,

@@ -13,11 +13,18 @@ from typing import Any
 
 import celery.backends.redis
 
+from celerykit.settings import settle
+
 __all__ = ["RedisBackend", "SentinelBackend"]
 
 
 class RedisBackend(celery.backends.redis.RedisBackend):
-    """Subscribes to a result when somebody waits for it."""
+    """Subscribes to a result when somebody waits for it; takes Valkey's URLs too."""
+
+    def __init__(self, *args: Any, app: Any, url: str | None = None, **kwargs: Any) -> None:
+        settled = settle(url, has_tls_options=bool(app.conf.redis_backend_use_ssl))
+        init: Any = super().__init__
+        init(*args, app=app, url=settled, **kwargs)
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing; see the module."""

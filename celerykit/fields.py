@@ -160,7 +160,9 @@ def _is_plain(value: Any) -> bool:
 def _with_sets_in_order(written: Any, python: Any) -> Any:
     """Sort in *written*, JSON, what is a set in *python*, the same values."""
     if isinstance(python, dict):
-        return {key: _with_sets_in_order(written[key], item) for key, item in zip(written, python.values(), strict=True)}
+        return {
+            key: _with_sets_in_order(written[key], item) for key, item in zip(written, python.values(), strict=True)
+        }
     if isinstance(python, list | tuple):
         return [_with_sets_in_order(*pair) for pair in zip(written, python, strict=True)]
     if isinstance(python, set | frozenset):

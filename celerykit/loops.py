@@ -41,7 +41,8 @@ def run(make: Callable[[], _Coroutine]) -> Any:
         # Only an eager call can stand inside a loop; waiting in this thread would stop that loop for good.
         context = contextvars.copy_context()
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(context.run, run, make).result()
+            # A thread for this one call, and so a loop for this one call.
+            return thread.submit(context.run, lambda: asyncio.run(_limited(make))).result()
     return _runner().run(_limited(make))
 
 

@@ -6,9 +6,10 @@ Handed to `celerykit.settings`, which does not import Celery.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import click
 from celery.app.defaults import NAMESPACES, flatten
 
 __all__ = ["by_new_name", "command_options", "config_name", "option_table"]
@@ -23,16 +24,18 @@ def command_options() -> frozenset[str]:
     """
     Give the environment variables that Celery's command line reads its options from.
 
-    Imports all of Celery's commands; asked for only when a name is unknown.
+    Imports all of its commands, plug-ins too; asked for only when a name is unknown.
     """
     from celery.bin.celery import celery as command
 
-    names = {
-        f"CELERY_{name}_{option.name}".upper().replace("-", "_")
-        for name, sub in command.commands.items()
-        for option in sub.params
-    }
-    return frozenset(names | {f"CELERY_{option.name}".upper() for option in command.params})
+    return frozenset(_variables(command, "CELERY"))
+
+
+def _variables(command: click.Command, prefix: str) -> Iterator[str]:
+    for option in command.params:
+        yield f"{prefix}_{option.name}".upper()
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from _variables(sub, f"{prefix}_{name}".upper().replace("-", "_"))
 
 
 def config_name(source: Any) -> str:

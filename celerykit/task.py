@@ -127,7 +127,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     if TYPE_CHECKING:
 
-        def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]: ...
+        def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
+            """Check a call, and send it; `apply_async` without options."""
 
     def apply_async(  # type: ignore[override]
         self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -231,11 +232,11 @@ class Task(celery.Task[P, R], Generic[P, R]):
     subtask = signature
 
     if TYPE_CHECKING:
-
         # With all its arguments, or with none yet: behind another task, in a chain.
         s: _Sign[P, R]
 
-        def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]: ...
+        def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
+            """Make a signature that takes no more arguments, and so must have all."""
 
     def map(self, it: Iterable[Any]) -> Any:
         """Make a signature that runs this task on each item, one after the other, in one worker."""
@@ -363,7 +364,10 @@ class AsyncTask(Task[P, R]):
 
     if TYPE_CHECKING:
 
-        def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]: ...  # type: ignore[override]
+        def __call__(  # type: ignore[override]
+            self, *args: P.args, **kwargs: P.kwargs
+        ) -> Coroutine[Any, Any, R]:
+            """Give the function's coroutine."""
 
 
 class Using(Generic[P, R]):

@@ -64,9 +64,8 @@ def wait_for(condition: Callable[[], bool], *, of: processes.subprocess.Popen[by
 
 
 def typed_calls() -> None:
-    from shop import Order, charge, email_receipt, exchange_rate, turnover
-
     from celery import chord
+    from shop import Order, charge, email_receipt, exchange_rate, turnover
 
     order = Order(order_id=uuid4(), amount=Decimal("19.90"))
 
@@ -91,9 +90,8 @@ def typed_calls() -> None:
 
 
 def wrong_calls() -> None:
-    from shop import Order, app, charge, exchange_rate
-
     import celery
+    from shop import Order, app, charge, exchange_rate
 
     order = Order(order_id=uuid4(), amount=Decimal("19.90"))
     wrong = {"order_id": "17", "amount": -1}

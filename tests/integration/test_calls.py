@@ -39,6 +39,7 @@ def test_a_result_is_typed_by_its_id_and_after_pickling(shop: Any, order: Any) -
 
     assert isinstance(shop.charge.AsyncResult(sent.id).get(timeout=WITHIN), shop.Receipt)
     assert isinstance(pickle.loads(pickle.dumps(sent)).get(timeout=WITHIN), shop.Receipt)
+    assert pickle.loads(pickle.dumps(shop.charge)).name == shop.charge.name
 
 
 def test_a_task_sent_by_name_is_checked_and_typed_where_it_is_known(shop: Any, order: Any) -> None:

@@ -114,7 +114,9 @@ def test_a_wrong_argument_is_found_when_the_signature_is_made(idle_shop: Any) ->
 def test_a_join_that_cannot_be_is_found_when_it_is_built(idle_shop: Any, order: Any) -> None:
     first = idle_shop.charge.s(order)
 
-    with pytest.raises(InvalidPayload, match=r"on_error: argument 'task_id' takes string, but .*charge returns Receipt"):
+    with pytest.raises(
+        InvalidPayload, match=r"on_error: argument 'task_id' takes string, but .*charge returns Receipt"
+    ):
         first.then(idle_shop.on_error)
     with pytest.raises(InvalidPayload, match="needs amount"):
         first.then(idle_shop.charge)

@@ -17,7 +17,7 @@ import pytest
 import redis
 from celery import Celery
 
-from celerykit.dev import processes
+from celerykit.dev.processes import Process
 from celerykit.dev.servers import Server, ServerFailed, ServerNotFound, find_binary, free_port
 from tests.services import eventually, missing, refused, valkey
 
@@ -43,7 +43,7 @@ class Dev:
         self._log = folder / f"dev-{self.mark}.log"
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CELERY")}
         with self._log.open("wb") as output:
-            self.process = processes.spawn(
+            self.process = Process(
                 [sys.executable, "-c", "from celerykit.cli import main; main()", "dev", *options],
                 env={**clean, _MARK: self.mark, **env},
                 cwd=folder,
@@ -77,7 +77,7 @@ class Dev:
         return [found for found in psutil.process_iter() if _belongs(found, self.mark)]
 
     def close(self) -> None:
-        processes.stop(self.process, grace=20.0)
+        self.process.stop(grace=20.0)
         for process in self.left_over():
             process.kill()
 
@@ -357,5 +357,6 @@ def test_server_in_a_folder_too_long_for_a_socket(tmp_path):
 
 
 def test_server_that_cannot_start_says_why(tmp_path):
-    with valkey(port=0) as other, pytest.raises(ServerFailed, match=r"(?s)ended with exit code 1.*in use"):
-        Server(other.binary, port=other.port).start()
+    why = pytest.raises(ServerFailed, match=r"(?s)ended with exit code 1.*in use")
+    with valkey(port=0) as other, why, Server(other.binary, port=other.port):
+        pass

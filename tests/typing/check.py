@@ -35,7 +35,9 @@ def by_mypy(python: Path) -> Lines:
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--hide-error-context"]
     # Users without stubs have told mypy not to mind; what is untyped is Any either way.
     command += ["--ignore-missing-imports", "--cache-dir", str(python.parents[1] / ".mypy_cache")]
-    out = subprocess.run([*command, "--python-executable", str(python), *FILES], cwd=HERE, capture_output=True, text=True)
+    out = subprocess.run(
+        [*command, "--python-executable", str(python), *FILES], cwd=HERE, capture_output=True, text=True
+    )
     found = re.findall(r"^(\w+\.py):(\d+): error: ", out.stdout, re.MULTILINE)
     if out.returncode not in (0, 1):
         raise SystemExit(out.stdout + out.stderr)

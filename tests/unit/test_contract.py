@@ -103,7 +103,7 @@ def typed(annotation: Any) -> Contract:
         (datetime, datetime(2026, 1, 2, 3, 4, 5, 6)),
         (date, date(2026, 1, 2)),
         (timedelta, timedelta(days=1, microseconds=5)),
-        (UUID, uuid4()),
+        (UUID, UUID(int=7)),
         (Decimal, Decimal("1.10")),
         (Path, Path("/srv/x")),
         (Colour, Colour.RED),
@@ -111,9 +111,9 @@ def typed(annotation: Any) -> Contract:
         (Point, Point(1, datetime(2026, 1, 2))),
         (Options, {"limit": 3}),
         (Pet, Dog(tricks=["sit"])),
-        (Page[Order], Page[Order](items=[Order(order_id=uuid4(), amount=Decimal(1))])),
+        (Page[Order], Page[Order](items=[Order(order_id=UUID(int=7), amount=Decimal(1))])),
         (Aliased, Aliased(orderId=3)),
-        (set[UUID], {uuid4(), uuid4()}),
+        (set[UUID], {UUID(int=1), UUID(int=2)}),
         (frozenset[int], frozenset({1, 2})),
         (tuple[int, datetime], (1, datetime(2026, 1, 2))),
         (list[bytes], [b"a", b"\xff"]),
@@ -122,7 +122,6 @@ def typed(annotation: Any) -> Contract:
         (int | str, "1"),
         (Annotated[int, Field(gt=3)], 4),
     ],
-    ids=str,
 )
 def test_a_value_arrives_as_it_was_sent(annotation: Any, value: Any) -> None:
     contract = typed(annotation)

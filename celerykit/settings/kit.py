@@ -1,0 +1,59 @@
+"""
+Our own settings, ``CELERYKIT_<NAME>``.
+
+One field here is one setting everywhere: in the environment, ``.env``,
+secrets, ``docs/settings.md`` and ``celerykit check --settings``. One that may
+hold a secret is a ``SecretStr``.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+__all__ = ["Kit"]
+
+
+def _number_in(text: Any) -> Any:
+    """
+    Return the number that *text* writes, or *text* as it came.
+
+    pydantic reads ``"PT1H"`` and ``"01:00:00"`` as durations, but not ``"3600"``.
+    """
+    try:
+        return float(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
+Duration = Annotated[timedelta, BeforeValidator(_number_in), Field(gt=timedelta(0))]
+
+
+class Kit(BaseModel):
+    """What celerykit itself can be told."""
+
+    # An error repeats no input: later fields may be secrets.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    profile: Literal["balanced", "stock"] = Field(
+        default="balanced",
+        description="`balanced` takes celerykit's defaults; `stock` takes Celery's, all of them.",
+    )
+
+    max_payload_bytes: int = Field(
+        default=1024 * 1024,
+        gt=0,
+        description="The largest message body that is sent. Brokers keep messages in memory.",
+    )
+
+    max_eta: Duration = Field(
+        default=timedelta(days=365),
+        description="The furthest a countdown or ETA may lie ahead. Seconds, or ISO 8601 such as `P30D`.",
+    )
+
+    publish_deadline: Duration = Field(
+        default=timedelta(seconds=5),
+        description="How long sending one message may take in all. Seconds, or ISO 8601 such as `PT5S`.",
+    )

@@ -1,0 +1,116 @@
+"""
+Our defaults where they differ from Celery's, each with its reason.
+
+Each must be safe for a project that changes one import, and fewer is better.
+Left as Celery has them, on purpose: time limits (a new one kills the two-hour
+job that runs today), events (a third more CPU, for nobody), how long results
+are kept, JSON only and UTC (Celery's own defaults by now),
+``broker_connection_retry_on_startup`` (None follows ``broker_connection_retry``,
+and a value would overrule who turned that off), and
+``worker_enable_soft_shutdown_on_idle`` (an idle worker would wait for nothing).
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["OPINIONS", "Opinion", "hold", "is_container"]
+
+
+def _always(values: Mapping[str, Any], container: bool) -> bool:
+    return True
+
+
+def _acks_late(values: Mapping[str, Any], container: bool) -> bool:
+    # Who turned late acks off wants at most once: a crash must not bring the task back.
+    return bool(values.get("task_acks_late"))
+
+
+def _may_rerun(values: Mapping[str, Any], container: bool) -> bool:
+    # Who said no to one of the two ways of running again after a crash did not mean the other.
+    return _acks_late(values, container) and bool(values.get("task_reject_on_worker_lost"))
+
+
+def _in_container(values: Mapping[str, Any], container: bool) -> bool:
+    return container
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """
+    One default of ours, and why.
+
+    Attributes:
+        when:
+            Whether it holds, told what is set already (by the user, or by an
+            opinion above this one) and whether this is a container.
+    """
+
+    name: str
+    value: Any
+    reason: str
+    when: Callable[[Mapping[str, Any], bool], bool] = _always
+
+
+#: In order: a later one may look at what an earlier one set.
+OPINIONS = (
+    Opinion(
+        "task_acks_late",
+        True,
+        "A message is given back to the broker when the worker dies with it; acknowledged early, it is lost. "
+        "A broker with a visibility timeout (Redis, SQS) needs one longer than the longest task.",
+    ),
+    Opinion(
+        "task_reject_on_worker_lost",
+        True,
+        "Late acks alone still acknowledge a task whose process was killed, and it is lost. Only with late acks.",
+        when=_acks_late,
+    ),
+    Opinion(
+        "task_retry_on_worker_lost",
+        True,
+        "Rejecting alone runs a task that kills its process again and again, for ever. Celery tries this "
+        "first: a retry that counts, so it ends at `max_retries`; rejecting is left for when the retry "
+        "cannot be sent. Only with the two above.",
+        when=_may_rerun,
+    ),
+    Opinion(
+        "worker_prefetch_multiplier",
+        1,
+        "With late acks every message a worker holds is one that others cannot have, and one that is "
+        "delivered again when the worker dies.",
+    ),
+    Opinion(
+        "worker_soft_shutdown_timeout",
+        8.0,
+        "A cold shutdown first lets running tasks end. Less than the 10 s that `docker stop` waits before "
+        "it kills (Kubernetes: 30 s), so that what is left goes back to the broker.",
+    ),
+    Opinion(
+        "worker_concurrency",
+        "auto",
+        "Celery counts the CPUs of the whole node; `auto` counts those this container may use. Only in a container.",
+        when=_in_container,
+    ),
+)
+
+
+def hold(values: Mapping[str, Any], *, container: bool) -> dict[str, Any]:
+    """Return our defaults for what *values* leave open."""
+    held: dict[str, Any] = {}
+    settled = ChainMap(held, dict(values))
+    for opinion in OPINIONS:
+        if opinion.name not in values and opinion.when(settled, container):
+            held[opinion.name] = opinion.value
+    return held
+
+
+def is_container(environ: Mapping[str, str]) -> bool:
+    """Tell whether this process runs in a container: Docker, Podman or Kubernetes."""
+    if environ.get("KUBERNETES_SERVICE_HOST"):
+        return True
+    return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists()
