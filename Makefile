@@ -12,13 +12,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --only-binary :all: \
 	--constraint constraints.txt --build-constraint constraints.txt
 
-# pytest-celery brings plug-ins for Docker and debuggers; the tests here need neither.
-NO_PLUGINS := -p no:celery -p no:pytest_celery -p no:docker_tools
 PYTEST := $(BIN)/python -m pytest
 
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format typecheck compat bench all constraints clean
+.PHONY: help demo test lint format typecheck compat bench package all constraints clean
 
 help:  ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +44,10 @@ compat: $(VENV)/.compat  ## Run Celery's own integration tests on stock Celery a
 	$(BIN)/python -m tests.compat.run
 
 bench: $(VENV)/.test  ## Measure against stock Celery, in the same run
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+package: $(VENV)/.made  ## Build the wheel, and use it in an environment of its own
+	$(BIN)/python tests/wheel.py
 
 all: lint typecheck test demo  ## What CI checks on every change, but for compat
 
