@@ -10,6 +10,8 @@ Every error celerykit raises, in one tree.
     ├── ResultNotStored     a result was asked for that nobody keeps
     └── InvalidSettings     settings that are wrong, unknown or misspelt
 
+The command line adds a few of its own: ``AppNotFound`` in `celerykit.check`, and those in `celerykit.dev`.
+
 Each message says what happened, to which, and what to do.
 """
 

@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
 
-from celerykit.dev import processes
+from celerykit.dev.processes import Process
 from celerykit.dev.servers import Server, ServerFailed, ServerNotFound, find_binary
 
 HERE = Path(__file__).parent
@@ -46,16 +46,16 @@ def worker(env: dict[str, str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "worker.log"
         command = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--loglevel", "INFO", "--concurrency", "2"]
-        with log.open("wb") as output, contextlib.chdir(HERE):
-            process = processes.spawn(command, env=env, output=output)
+        with log.open("wb") as output:
+            process = Process(command, env=env, cwd=HERE, output=output)
         try:
             wait_for(lambda: " ready." in log.read_text(), of=process, log=log)
             yield log
         finally:
-            processes.stop(process, grace=10)
+            process.stop(grace=10)
 
 
-def wait_for(condition: Callable[[], bool], *, of: processes.subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(condition: Callable[[], bool], *, of: Process, log: Path) -> None:
     deadline = time.monotonic() + READY_WITHIN
     while not condition():
         if of.poll() is not None or time.monotonic() > deadline:
