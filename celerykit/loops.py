@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from celerykit.errors import InvalidOptions
 
-__all__ = ["refuse_green_threads", "run"]
+__all__ = ["refuse_green_threads", "run", "waiting_for"]
 
 _Coroutine = Coroutine[Any, Any, Any]
 
@@ -44,6 +45,16 @@ def run(make: Callable[[], _Coroutine]) -> Any:
             # A thread for this one call, and so a loop for this one call.
             return thread.submit(context.run, lambda: asyncio.run(_limited(make))).result()
     return _runner().run(_limited(make))
+
+
+def waiting_for(function: Callable[..., _Coroutine]) -> Callable[..., Any]:
+    """Make a plain function of a coroutine function: one that runs it, and waits for it."""
+
+    @functools.wraps(function)
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        return run(lambda: function(*args, **kwargs))
+
+    return wait
 
 
 async def _limited(make: Callable[[], _Coroutine]) -> Any:

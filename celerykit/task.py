@@ -103,6 +103,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
     contract: Contract | None = None
     strict: bool = False
 
+    #: The function of an `async def` task, whose `run` waits for it.
+    _coroutine_function: Callable[..., Any] | None = None
+
     @classmethod
     def bind(cls, app: Any) -> Any:
         """Build the contract, if the decorator has not, before Celery fills in the options nobody gave."""
@@ -112,16 +115,19 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     @classmethod
     def _declare(cls) -> None:
+        run = inspect.getattr_static(cls, "run")
+        is_bound = not isinstance(run, staticmethod)
+        function = run if is_bound else run.__func__
         if cls.contract is None:
-            run = inspect.getattr_static(cls, "run")
-            is_bound = not isinstance(run, staticmethod)
-            function = run if is_bound else run.__func__
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
         if cls.contract.returns_nothing and cls.ignore_result is None:
             cls.ignore_result = True
             cls.store_errors_even_if_ignored = True
-        if inspect.iscoroutinefunction(cls.run):
+        if inspect.iscoroutinefunction(function):
             loops.refuse_green_threads(str(cls.name))
+            # What runs is a plain function, so that Celery's `autoretry_for`, which wraps it, sees its errors.
+            waits = loops.waiting_for(function)
+            cls.run, cls._coroutine_function = (waits if is_bound else staticmethod(waits)), run  # type: ignore[method-assign]
 
     # Out
 
@@ -318,6 +324,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             setattr(request, _FINISHED, True)
 
     def _called_as_function(self, args: Any, kwargs: Any) -> Any:
+        if self._coroutine_function is not None:
+            return self._coroutine_function(*args, **kwargs)
         caller = self.app.current_task
         if self.contract is None or caller is None or caller.name not in _MAPPERS:
             return super().__call__(*args, **kwargs)
@@ -342,8 +350,6 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def _run(self, call: Call) -> Any:
         run: Callable[..., Any] = self.run
-        if inspect.iscoroutinefunction(run):
-            return loops.run(lambda: run(*call.args, **call.kwargs))
         return run(*call.args, **call.kwargs)
 
     @property

@@ -4,11 +4,9 @@ One Valkey and one prefork worker for all tests of a process that want the shop.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 import pytest
 
@@ -26,24 +24,23 @@ def broker() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def environment(broker: Server) -> Iterator[dict[str, str]]:
-    """Point this process, and the workers it starts, to the broker."""
-    ours = {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend_url}
-    with mock.patch.dict(os.environ, ours):
-        yield ours
+def environment(broker: Server) -> dict[str, str]:
+    """What points a process to the broker. Not this process: it would win over the URLs of all other tests."""
+    return {"CELERY_BROKER_URL": broker.url, "CELERY_RESULT_BACKEND": broker.backend_url}
 
 
 @pytest.fixture(scope="session")
-def idle_shop(environment: dict[str, str]) -> ModuleType:
+def idle_shop(broker: Server) -> ModuleType:
     """The shop, with nobody working in it."""
     from tests.integration import shop
 
+    shop.app.conf.update(broker_url=broker.url, result_backend=broker.backend_url)
     return shop
 
 
 @pytest.fixture(scope="session")
-def node(idle_shop: ModuleType, broker: Server) -> Iterator[services.Worker]:
-    with services.worker(SHOP, url=broker.url, concurrency=2, cwd=ROOT) as node:
+def node(environment: dict[str, str], broker: Server) -> Iterator[services.Worker]:
+    with services.worker(SHOP, url=broker.url, env=environment, concurrency=2, cwd=ROOT) as node:
         yield node
 
 

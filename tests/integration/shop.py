@@ -147,6 +147,16 @@ async def async_flaky(self: Task[..., Any]) -> int:
     return self.request.retries
 
 
+@app.task(
+    autoretry_for=(ConnectionError,), retry_backoff=False, retry_kwargs={"countdown": 0.05, "max_retries": 2}, bind=True
+)
+async def retried_by_itself(self: Task[..., Any], number: int) -> int:
+    await asyncio.sleep(0)
+    if self.request.retries < number:
+        raise ConnectionError
+    return self.request.retries
+
+
 @app.task
 async def cancels_itself() -> None:
     raise asyncio.CancelledError

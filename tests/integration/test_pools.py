@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import celery
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 
+from celerykit import InvalidPayload
 from tests import services
 from tests.integration.conftest import ROOT, SHOP
 
@@ -27,6 +29,7 @@ def pooled(request: Any, environment: dict[str, str], idle_shop: Any) -> Iterato
         SHOP,
         url=environment["CELERY_BROKER_URL"],
         pool=request.param,
+        env=environment,
         concurrency=2,
         cwd=ROOT,
         options=["-Q", queue, "-n", f"{queue}@%h"],
@@ -63,6 +66,16 @@ def test_async_tasks_of_one_thread_share_one_loop(pooled: Any) -> None:
 
 def test_an_async_task_sees_its_request_and_can_retry(pooled: Any) -> None:
     assert pooled(pooled.shop.async_flaky).get(timeout=WITHIN) == 1
+
+
+def test_celery_s_autoretry_works_and_leaves_invalid_payloads_alone(pooled: Any) -> None:
+    task = pooled.shop.retried_by_itself
+
+    assert pooled(task, 2).get(timeout=WITHIN) == 2
+    # As stock Celery sends it, past the checks of the caller.
+    sent = celery.Celery.send_task(pooled.shop.app, task.name, ("many",), queue=pooled.name)
+    with pytest.raises(InvalidPayload):
+        sent.get(timeout=WITHIN)
 
 
 def test_a_coroutine_that_is_cancelled_from_within_is_a_failure(pooled: Any) -> None:
