@@ -118,12 +118,24 @@ def _is_running() -> bool:
     return True
 
 
+class _Home:
+    """The loop of one thread in one process, which ends with the thread."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.runner = asyncio.Runner()
+
+    def __del__(self) -> None:
+        if self.pid == os.getpid():
+            self.runner.close()
+
+
 def _runner() -> asyncio.Runner:
-    # By process id: a forked child must neither use nor close its parent's loop, as they share a selector.
-    runners: dict[int, asyncio.Runner] = _local.__dict__.setdefault("runners", {})
-    if os.getpid() not in runners:
-        runners[os.getpid()] = asyncio.Runner()
-    return runners[os.getpid()]
+    # A forked child must neither use nor close its parent's loop, as they share a selector; so it is kept, unused.
+    homes: dict[int, _Home] = _local.__dict__.setdefault("homes", {})
+    if os.getpid() not in homes:
+        homes[os.getpid()] = _Home()
+    return homes[os.getpid()].runner
 
 
 def refuse_green_threads(task: str) -> None:

@@ -5,7 +5,9 @@ Declaring tasks, and calling them in place.
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,7 +15,17 @@ import celery
 import pytest
 from pydantic import BaseModel
 
-from celerykit import Call, CeleryKit, InvalidContract, InvalidOptions, InvalidPayload, Next, ResultNotStored, Task
+from celerykit import (
+    Call,
+    CeleryKit,
+    InvalidContract,
+    InvalidOptions,
+    InvalidPayload,
+    Next,
+    ResultNotStored,
+    Task,
+    loops,
+)
 from celerykit.call import compose, validated
 from celerykit.contract import Contract
 from celerykit.headers import Headers
@@ -304,3 +316,18 @@ def test_a_header_of_a_newer_sender_is_tolerated_and_kept() -> None:
         "mine": 1,
     }
     assert Headers.of({"celerykit": "nonsense"}) == Headers.of(None) == Headers()
+
+
+def test_a_thread_s_loop_ends_with_the_thread() -> None:
+    seen: list[asyncio.AbstractEventLoop] = []
+
+    async def look() -> None:
+        seen.append(asyncio.get_running_loop())
+
+    thread = threading.Thread(target=lambda: [loops.run(look), loops.run(look)])
+    thread.start()
+    thread.join()
+    gc.collect()
+
+    assert seen[0] is seen[1]
+    assert seen[0].is_closed()
