@@ -10,41 +10,56 @@ import subprocess
 import sys
 from pathlib import Path
 
+from celerykit.settings import OPINIONS
 from tests import services
 from tests.integration.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+
+#: Says what an interactive session would, with each error on one line.
+SESSION = """
+import sys
+from uuid import uuid4
+from shop import *
+
+for line in sys.stdin.read().splitlines():
+    try:
+        code = compile(line, "README.md", "single")
+        exec(code)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def run(program: str, *, cwd: Path, typed: str = "", env: dict[str, str] | None = None) -> str:
+    out = subprocess.run(
+        [sys.executable, "-c", program],
+        input=typed,
+        env=os.environ | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
 def test_the_first_screen_works_as_shown(environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(blocks("python")[0])
-    lines = [line[4:] for line in blocks("pycon")[0].splitlines() if line.startswith(">>> ")]
-    shown = [line for line in blocks("pycon")[0].splitlines() if not line.startswith(">>> ")]
-    # Each line's value or error, as an interactive interpreter would show it.
-    drive = "from uuid import uuid4\nfrom shop import *\n" + "".join(
-        f"try:\n    print(repr(eval({line!r})))\nexcept Exception as error:\n    print(type(error).__name__ + ':', error)\n"
-        if " = " not in line
-        else f"{line}\n"
-        for line in lines
-    )
+    session = blocks("pycon")[0].splitlines()
+    typed = [line.removeprefix(">>> ") for line in session if line.startswith(">>> ")]
+    shown = [line for line in session if not line.startswith(">>> ")]
     env = environment | {"CELERY_TASK_DEFAULT_QUEUE": "readme"}
 
     with services.worker("shop", url=environment["CELERY_BROKER_URL"], env=env, cwd=tmp_path):
-        out = subprocess.run(
-            [sys.executable, "-c", drive],
-            env=os.environ | env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=40,
-        )
+        said = run(SESSION, typed="\n".join(typed), cwd=tmp_path, env=env)
 
-    said = re.sub(r"UUID\('[^']+'\)", "UUID('…')", out.stdout).splitlines()
-    assert said == shown, out.stderr
+    assert re.sub(r"UUID\('[^']+'\)", "UUID('…')", said).splitlines() == shown
 
 
 def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
@@ -55,15 +70,13 @@ def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
         + "print(add.delay(1, 2).get())\n"
     )
 
-    out = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=40)
+    timed, result = run(program, cwd=tmp_path).splitlines()
 
-    assert out.stdout.splitlines()[-1] == "3", out.stderr
-    assert out.stdout.startswith("__main__.add 0.0") or "add " in out.stdout
+    assert re.fullmatch(r"shop\.add [\d.e-]+", timed)
+    assert result == "3"
 
 
 def test_every_default_that_differs_is_listed() -> None:
-    from celerykit.settings import OPINIONS
-
     table = README.partition("undoes them all:")[2].partition("## ")[0]
 
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [opinion.name for opinion in OPINIONS]

@@ -32,7 +32,15 @@ def expected(*, hidden_from: str = "") -> Lines:
 
 
 def by_mypy(python: Path) -> Lines:
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", "--hide-error-context"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--no-error-summary",
+        "--explicit-package-bases",
+    ]
     # Users without stubs have told mypy not to mind; what is untyped is Any either way.
     command += ["--ignore-missing-imports", "--cache-dir", str(python.parents[1] / ".mypy_cache")]
     out = subprocess.run(
