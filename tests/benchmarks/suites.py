@@ -1,0 +1,130 @@
+"""
+What is compared with what, and in which order it is measured.
+
+Cases take turns (A B C, C B A, A B C, ...), a few hundred calls at a time, and
+a ratio is taken between two that were measured in the same round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from tests.benchmarks.lanes import Case, Figures, Lane, Place
+from tests.benchmarks.subjects import Flavour, Subject
+
+__all__ = ["MANY", "ONE", "RUN", "RUN_QUICKLY", "Pace", "Round", "Row", "groups_of", "take_turns"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One line of a table: a case, and the one it is compared with.
+
+    Attributes:
+        target:
+            Our aim for the ratio to *stock*.
+    """
+
+    name: str
+    case: Case
+    stock: Case
+    target: float | None = None
+
+
+#: Each case of a group, measured once.
+Round = dict[Case, Figures]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """
+    How much to measure.
+
+    Attributes:
+        calls:
+            In one measurement.
+
+        rounds:
+            At most, with the same processes.
+
+        seconds:
+            After which no further round is begun with them; there is always one.
+
+        fresh:
+            How often all of that is done, with fresh processes.
+    """
+
+    calls: int
+    rounds: int
+    seconds: float
+    fresh: int
+
+
+_NAMES: dict[Flavour, str] = {
+    "dict": "stock",
+    "pydantic": "stock, `pydantic=True`",
+    "celerykit": "celerykit",
+}
+
+
+def _row(how: str, flavour: Flavour, *, results: bool, target: float | None = None, against: str | None = None) -> Row:
+    return Row(
+        name=f"{_NAMES[flavour]}, `{how}`, {'stored' if results else 'ignored'}",
+        case=Case(how, Subject(flavour, results)),
+        stock=Case(against or how, Subject("dict", results)),
+        target=target if flavour == "celerykit" else None,
+    )
+
+
+def _own_defaults(how: str) -> Row:
+    return Row(
+        name=f"celerykit with its own defaults, `{how}`, stored",
+        case=Case(how, Subject("celerykit", results=True, own_defaults=True)),
+        stock=Case(how, Subject("dict", results=True)),
+    )
+
+
+ONE = [_row("delay", flavour, results=results, target=1.15) for results in (False, True) for flavour in _NAMES]
+
+MANY = [
+    row
+    for results in (False, True)
+    for row in (
+        _row("delay", "dict", results=results),
+        _row("group", "dict", results=results, against="delay"),
+        _row("enqueue_many", "celerykit", results=results, against="delay", target=5.0),
+    )
+]
+
+RUN = [
+    *(_row("prefork", flavour, results=results, target=1.10) for results in (False, True) for flavour in _NAMES),
+    _own_defaults("prefork"),
+    *(_row("solo", flavour, results=False, target=1.10) for flavour in ("dict", "celerykit")),
+]
+
+RUN_QUICKLY = [row for row in RUN if row.case.how == "prefork" and row.case.subject.flavour != "pydantic"]
+
+
+def groups_of(*tables: Sequence[Row]) -> list[list[Case]]:
+    """Give the cases that *tables* need: in one group what is compared with the same."""
+    groups: dict[Case, dict[Case, None]] = {}
+    for row in (row for rows in tables for row in rows):
+        groups.setdefault(row.stock, {row.stock: None})[row.case] = None
+    return [list(group) for group in groups.values()]
+
+
+def take_turns(kind: type[Lane], where: Place, group: Sequence[Case], pace: Pace) -> list[Round]:
+    """Measure the cases of *group* again and again, each in a fresh process of *kind*."""
+    with ExitStack() as stack:
+        lanes = [stack.enter_context(kind(where, case, database=number)) for number, case in enumerate(group)]
+        for lane in lanes:
+            lane.warm_up()
+        rounds: list[Round] = []
+        deadline = time.monotonic() + pace.seconds
+        while not rounds or (len(rounds) < pace.rounds and time.monotonic() < deadline):
+            in_order = lanes if len(rounds) % 2 == 0 else lanes[::-1]
+            rounds.append({lane.case: lane.measure(pace.calls) for lane in in_order})
+        return rounds

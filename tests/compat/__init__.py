@@ -1,0 +1,3 @@
+"""
+Celery's own integration tests, run against celerykit.
+"""
