@@ -29,7 +29,6 @@ from typing import (
 import celery
 from celery.app.backends import BACKEND_ALIASES
 from celery.loaders.app import AppLoader
-from celery.utils.imports import gen_task_name
 from kombu.transport import TRANSPORT_ALIASES
 
 from celerykit import bulk
@@ -235,9 +234,7 @@ class CeleryKit(celery.Celery):
         """
         return bulk.enqueue(self, calls)
 
-    def send_task(  # type: ignore[override]
-        self, name: str, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> Any:
+    def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
         """
         Send a call by the task's name.
 
@@ -249,6 +246,7 @@ class CeleryKit(celery.Celery):
 
             EnqueueError: The broker did not take the message in time.
         """
+        options |= zip(("countdown", "eta", "task_id", "producer", "connection"), positional, strict=False)
         # Not `self.tasks`, which would declare every task there is to send one that may live elsewhere.
         task = None if "task_type" in options else cast("Any", self)._tasks.get(name)
         if getattr(task, "contract", None) is not None:
@@ -307,9 +305,11 @@ class CeleryKit(celery.Celery):
         deadline = self.settings.kit.publish_deadline.total_seconds()
         future = self._publisher.submit(contextvars.copy_context().run, send)
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(deadline) as limit:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
+            if not limit.expired():
+                raise
             started = not future.cancelled()
             raise UnreachableBroker(
                 f"{what}: the broker did not take the message within {deadline:g} s "
@@ -349,7 +349,8 @@ def _declaring(
 def _declared(
     fun: Callable[..., Any], options: dict[str, Any], namespace: Mapping[str, Any], app: CeleryKit | None
 ) -> dict[str, Any]:
-    name = options.get("name") or gen_task_name(app, fun.__name__, fun.__module__)
+    naming = celery.current_app if app is None else app
+    name = options.get("name") or naming.gen_task_name(fun.__name__, fun.__module__)
     if name.startswith("celery."):
         return options
     _check_options(name, options)

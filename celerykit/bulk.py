@@ -91,7 +91,8 @@ def enqueue(app: CeleryKit, signatures: Iterable[Signature[Any]]) -> list[Result
 def _checked(index: int, sig: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
     contract = getattr(getattr(sig, "type", None), "contract", None)
     if contract is None:
-        raise InvalidOptions(f"call {index}: {sig!r} is not a call of one typed task. Nothing was sent.")
+        what = getattr(sig, "task", type(sig).__name__)
+        raise InvalidOptions(f"call {index}: {what} is not a call of one typed task. Nothing was sent.")
     try:
         return (sig.type, *sig.type.prepare(sig.args, sig.kwargs, sig.options))
     except InvalidPayload as error:

@@ -98,7 +98,7 @@ def check_join(before: Contract | None, after: Contract | None) -> None:
     if not _may_fit(_kinds(given, given), _kinds(wanted, wanted)):
         raise _cannot_meet(before, after, f"argument {name!r} takes {_named(wanted)}")
     missing = _required(wanted) - _properties(given)
-    if missing and _properties(given):
+    if missing and _properties(given) and not _is_open(given) and not after.has_aliases(name):
         raise _cannot_meet(before, after, f"argument {name!r} needs {', '.join(sorted(missing))}")
 
 
@@ -145,6 +145,10 @@ def _may_fit(given: set[str], wanted: set[str]) -> bool:
 
 def _required(schema: _Schema) -> set[str]:
     return set(_resolved(schema, schema).get("required", ()))
+
+
+def _is_open(schema: _Schema) -> bool:
+    return bool(_resolved(schema, schema).get("additionalProperties"))
 
 
 def _properties(schema: _Schema) -> set[str]:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any, NoReturn, get_args, get_origin
 
+import typing_extensions
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -35,6 +36,9 @@ _NOTHING = (None, type(None), NoReturn, typing.Never)
 
 #: More problems than this are counted, not listed: a message is read by a person.
 _SHOWN_PROBLEMS = 5
+
+#: What pydantic raises for a value that it cannot write; a `TypeError` for one that cannot be a key.
+_NOT_WRITABLE = (PydanticSerializationError, UnicodeError, TypeError)
 
 _NOT_SENT = "The message was not sent."
 _NOT_RUN = "The task did not run."
@@ -91,7 +95,7 @@ class Contract:
             for name in self.parameters.names
             if hints.get(name, inspect.Parameter.empty) not in _UNTYPED
         }
-        self._fields = _fields(task, types, strict=strict)
+        self._fields = _parameters(task, types, strict=strict)
         self._all_typed = len(types) == len(self.parameters.names)
         self._result = None if self.returns in (*_UNTYPED, *_NOTHING) else _result(task, self.returns)
 
@@ -167,7 +171,7 @@ class Contract:
             values |= self._fields.load(self._typed(values))
         except ValidationError as error:
             raise self._refusal(_problems(error), says=_NOT_RUN) from None
-        except (PydanticSerializationError, UnicodeError) as error:
+        except _NOT_WRITABLE as error:
             raise self._refusal([_unsendable(error)], says=_NOT_RUN) from None
         return self.parameters.unbind(values, args, kwargs)
 
@@ -184,7 +188,7 @@ class Contract:
             return value
         try:
             return self._result.dump(self._result.read({"return": value}))["return"]
-        except (ValidationError, PydanticSerializationError, UnicodeError) as error:
+        except (ValidationError, *_NOT_WRITABLE) as error:
             raise self._mismatch("returned", value, error) from None
 
     def load_result(self, value: Any) -> Any:
@@ -198,7 +202,7 @@ class Contract:
             return value
         try:
             return self._result.load({"return": value})["return"]
-        except (ValidationError, PydanticSerializationError, UnicodeError) as error:
+        except (ValidationError, *_NOT_WRITABLE) as error:
             raise self._mismatch("has stored", value, error) from None
 
     # What others may want to know
@@ -222,6 +226,10 @@ class Contract:
     def parameter_schema(self, name: str) -> dict[str, Any]:
         """Give the JSON Schema of one parameter."""
         return _schema(self._fields, name) if name in self._fields.types else {}
+
+    def has_aliases(self, name: str) -> bool:
+        """Tell whether one parameter can be written with other names than its fields have."""
+        return self._fields.has_aliases(name)
 
     def result_schema(self) -> dict[str, Any]:
         """Give the JSON Schema of the result."""
@@ -281,11 +289,16 @@ class Contract:
     ) -> dict[str, Any]:
         read, write = read or self._fields.read, write or self._fields.dump
         try:
-            return values | write(read(self._typed(values)))
+            typed = read(self._typed(values))
+            written = write(typed)
+            changed = self._fields.changed(typed, written)
         except ValidationError as error:
             raise self._refusal(_problems(error), says=_NOT_SENT) from None
-        except (PydanticSerializationError, UnicodeError) as error:
+        except _NOT_WRITABLE as error:
             raise self._refusal([_unsendable(error)], says=_NOT_SENT) from None
+        if changed:
+            raise self._refusal([_ambiguous(name) for name in changed], says=_NOT_SENT)
+        return values | written
 
     def _typed(self, values: dict[str, Any]) -> dict[str, Any]:
         if self._all_typed:
@@ -325,7 +338,7 @@ def _type_of(name: str, annotation: Any, parameters: Parameters) -> Any:
         return list[annotation]
     if name != parameters.var_keyword:
         return annotation
-    if get_origin(annotation) is typing.Unpack:
+    if get_origin(annotation) in (typing.Unpack, typing_extensions.Unpack):
         return get_args(annotation)[0]
     return dict[str, annotation]
 
@@ -337,6 +350,16 @@ def _fields(task: str, types: dict[str, Any], *, strict: bool) -> Fields:
         raise _first_refused(task, types, error) from error
     for name, reason in fields.unsendable.items():
         raise InvalidContract(f"{task}: {_what(name)}: {reason}.")
+    return fields
+
+
+def _parameters(task: str, types: dict[str, Any], *, strict: bool) -> Fields:
+    fields = _fields(task, types, strict=strict)
+    for name in fields.excluded:
+        raise InvalidContract(
+            f"{task}: {_what(name)} has a field with exclude=True, which would not arrive; "
+            "give the task a model of what it needs."
+        )
     return fields
 
 
@@ -374,10 +397,24 @@ def _problems(error: ValidationError) -> list[Problem]:
         {
             "loc": list(found["loc"]),
             "type": found["type"],
-            "msg": f"{found['msg']} (got {type(found['input']).__name__})",
+            "msg": f"{_message(found)} (got {type(found['input']).__name__})",
         }
         for found in error.errors(include_url=False, include_context=False)
     ]
+
+
+def _message(found: Any) -> str:
+    # The one message of pydantic's that quotes what it was given.
+    return "Input has an unknown tag" if found["type"] == "union_tag_invalid" else str(found["msg"])
+
+
+def _ambiguous(name: str) -> Problem:
+    return {
+        "loc": [name],
+        "type": "ambiguous",
+        "msg": "would arrive as another type of its union, which JSON cannot tell apart; "
+        "use models with a discriminator",
+    }
 
 
 def _unsendable(error: Exception) -> Problem:

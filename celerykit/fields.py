@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
+from datetime import datetime, time
 from functools import cached_property, partial
 from typing import Any, cast
 
-from pydantic import ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter
-from pydantic_core import CoreConfig, SchemaSerializer, to_json
+from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter
+from pydantic_core import CoreConfig, SchemaSerializer, SchemaValidator, to_json
 from typing_extensions import TypedDict
 
 __all__ = ["Fields"]
 
 _SECRETS = (SecretStr, SecretBytes, Secret)
+
+_CONFIG = CoreConfig(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 
 #: Core schemas of values that JSON cannot carry, and what to write instead.
 _UNSENDABLE = {
@@ -51,12 +55,15 @@ class Fields:
         self.types = dict(types)
         self.strict = strict or None
         self._adapter: TypeAdapter[dict[str, Any]] = _adapter(self.types)
-        # A typed dict's own configuration reaches its validator but not its serializer.
-        schema = cast("Any", self._adapter.core_schema)
-        self._serializer = SchemaSerializer(schema, CoreConfig(ser_json_bytes="base64"))
-        self._validate_python = self._adapter.validate_python
-        self._validate_json = self._adapter.validate_json
-        self._reads_twice = bool(strict) or _holds(schema, partial(_is_of_type, "bytes"))
+        schema = _configured(self._adapter.core_schema)
+        # Not the validators and serializers that models have built for themselves: those know their own
+        # configuration only.
+        self._serializer = SchemaSerializer(schema, _CONFIG, _use_prebuilt=False)
+        validator = SchemaValidator(schema, _CONFIG, _use_prebuilt=False)
+        self._validate_python = validator.validate_python
+        self._validate_json = validator.validate_json
+        self._has_unions = _holds(schema, partial(_is_of_type, "union"))
+        self._reads_twice = bool(strict) or self._has_unions or _holds(schema, partial(_is_of_type, "bytes"))
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -66,7 +73,7 @@ class Fields:
         readings differ; `dump` of what was read twice is the same as once.
         """
         if not self._reads_twice:
-            return self._validate_python(cast("Any", values), by_alias=True, by_name=True)
+            return cast("dict[str, Any]", self._validate_python(cast("Any", values), by_alias=True, by_name=True))
         plain = {name: value for name, value in values.items() if _is_plain(value)}
         python = {name: value for name, value in values.items() if name not in plain}
         return {
@@ -76,11 +83,27 @@ class Fields:
 
     def read_exactly(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Validate Python values that are of their types already."""
-        return self._validate_python(cast("Any", values), strict=True, by_alias=True, by_name=True)
+        return cast(
+            "dict[str, Any]", self._validate_python(cast("Any", values), strict=True, by_alias=True, by_name=True)
+        )
 
     def load(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Validate what came out of a message or a result: JSON values."""
-        return self._validate_json(_as_json(values), strict=self.strict, by_alias=True, by_name=True)
+        return cast(
+            "dict[str, Any]", self._validate_json(_as_json(values), strict=self.strict, by_alias=True, by_name=True)
+        )
+
+    def changed(self, values: Mapping[str, Any], written: Mapping[str, Any]) -> list[str]:
+        """
+        Name those of *values* that would not be loaded as the types they are.
+
+        In a union two types may be one in JSON: of ``str | bytes``, all are
+        ``str``.
+        """
+        if not self._has_unions:
+            return []
+        loaded = self.load(written)
+        return [name for name, value in values.items() if not _are_of_one_type(value, loaded[name])]
 
     def dump(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -117,6 +140,15 @@ class Fields:
             for name in self._names_that_hold(partial(_is_of_type, kind))
         }
 
+    @cached_property
+    def excluded(self) -> list[str]:
+        """The names whose types have a field that is never written (``exclude=True``)."""
+        return self._names_that_hold(lambda node: node.get("serialization_exclude") is True)
+
+    def has_aliases(self, name: str) -> bool:
+        """Tell whether a field of *name* goes by another name too."""
+        return name in self._names_that_hold(lambda node: bool(node.get("validation_alias")))
+
     def json_schema(self, name: str, *, of_output: bool = False) -> dict[str, Any]:
         """Describe *name* as JSON Schema, as it is read or, *of_output*, as it is written."""
         whole = self._adapter.json_schema(mode="serialization" if of_output else "validation", by_alias=False)
@@ -137,14 +169,44 @@ def _adapter(types: Mapping[str, Any]) -> TypeAdapter[dict[str, Any]]:
     # total=False: which arguments are missing is the business of `Parameters`.
     make: Any = TypedDict
     arguments = make("Arguments", dict(types), total=False)
-    arguments.__pydantic_config__ = ConfigDict(extra="forbid", val_json_bytes="base64")
+    arguments.__pydantic_config__ = ConfigDict(extra="forbid")
     return TypeAdapter(arguments)
+
+
+def _configured(node: Any) -> Any:
+    """
+    Copy a core schema, with our configuration where a model's author left it open.
+
+    pydantic writes bytes as UTF-8 and NaN as null, unless a model says otherwise.
+    """
+    if isinstance(node, dict):
+        copy = {key: item if key == "metadata" else _configured(item) for key, item in node.items()}
+        if node.get("type") in ("model", "dataclass", "typed-dict"):
+            copy["config"] = {**_CONFIG, **(node.get("config") or {})}
+        return copy
+    if isinstance(node, list | tuple):
+        return type(node)(map(_configured, node))
+    return node
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
     # A stock producer may have sent what kombu's JSON marks with "__type__" (a datetime, bytes, ...),
     # and kombu has made Python values of it already.
     return to_json(values, bytes_mode="base64", inf_nan_mode="constants")
+
+
+def _are_of_one_type(one: Any, other: Any) -> bool:
+    if isinstance(one, datetime | time):  # whose time zones JSON replaces
+        return isinstance(other, datetime | time)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return all(map(_are_of_one_type, one.values(), other.values()))
+    if isinstance(one, list | tuple):
+        return all(map(_are_of_one_type, one, other))
+    if isinstance(one, BaseModel) or is_dataclass(one):
+        return all(map(_are_of_one_type, vars(one).values(), vars(other).values()))
+    return True
 
 
 def _is_plain(value: Any) -> bool:

@@ -24,7 +24,7 @@ from billiard.exceptions import SoftTimeLimitExceeded
 
 from celerykit.errors import InvalidOptions
 
-__all__ = ["refuse_green_threads", "run", "waiting_for"]
+__all__ = ["in_thread", "is_running", "refuse_green_threads", "run", "waiting_for"]
 
 _Coroutine = Coroutine[Any, Any, Any]
 
@@ -38,13 +38,19 @@ def run(make: Callable[[], _Coroutine]) -> Any:
     When the soft time limit strikes, the running coroutine is cancelled, and
     ``SoftTimeLimitExceeded`` is raised once it has cleaned up.
     """
-    if _is_running():
-        # Only an eager call can stand inside a loop; waiting in this thread would stop that loop for good.
-        context = contextvars.copy_context()
-        with ThreadPoolExecutor(1) as thread:
-            # A thread for this one call, and so a loop for this one call.
-            return thread.submit(context.run, lambda: asyncio.run(_limited(make))).result()
-    return _runner().run(_limited(make))
+    # Each call in the context of its caller; a runner left to itself keeps that of its first.
+    return _runner().run(_limited(make), context=contextvars.copy_context())
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    """
+    Make *call* on a thread of its own, and wait for it.
+
+    For an eager call inside a running loop: waiting on this thread would stop
+    that loop for good.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(contextvars.copy_context().run, call).result()
 
 
 def waiting_for(function: Callable[..., _Coroutine]) -> Callable[..., Any]:
@@ -52,7 +58,8 @@ def waiting_for(function: Callable[..., _Coroutine]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wait(*args: Any, **kwargs: Any) -> Any:
-        return run(lambda: function(*args, **kwargs))
+        # Within another coroutine it is awaited: `await super().run(...)`.
+        return function(*args, **kwargs) if is_running() else run(lambda: function(*args, **kwargs))
 
     return wait
 
@@ -103,14 +110,21 @@ def _soft_limit_of(task: asyncio.Task[Any]) -> Iterator[_SoftLimit]:
 
 
 def _handler() -> Any:
-    """Give the handler a prefork child has for its soft time limit; only its main thread has one."""
+    """
+    Give the handler of the soft time limit.
+
+    The main thread of a prefork child has it. Any other handler of this signal
+    means something else: a solo worker prints its stacks, a web server opens
+    its logs again.
+    """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
         return None
     handler = signal.getsignal(signal.SIGUSR1)
-    return handler if callable(handler) else None
+    return handler if getattr(handler, "__module__", "") == "billiard.pool" else None
 
 
-def _is_running() -> bool:
+def is_running() -> bool:
+    """Tell whether a loop is running on this thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

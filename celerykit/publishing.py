@@ -184,7 +184,10 @@ def check_delay(task: str, options: Mapping[str, Any], *, now: datetime, limit: 
 def _seconds(task: str, countdown: Any) -> float:
     if isinstance(countdown, int | float) and math.isfinite(countdown):
         return float(countdown)
-    raise InvalidOptions(f"{task}: countdown must be a number of seconds, got {countdown!r}. The message was not sent.")
+    raise InvalidOptions(
+        f"{task}: countdown must be a finite number of seconds, got {type(countdown).__name__}. "
+        "The message was not sent."
+    )
 
 
 def _refuse_beyond(task: str, option: str, seconds: float, limit: timedelta) -> None:

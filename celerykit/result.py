@@ -33,8 +33,7 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
     """
     An ``AsyncResult`` whose ``get`` gives the task's return type.
 
-    ``result``, ``info`` and ``collect`` are Celery's, and show the stored JSON
-    value.
+    ``result`` and ``info`` are Celery's, and show the stored JSON value.
     """
 
     def __init__(
@@ -92,9 +91,11 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         raises.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout) as limit:
                 return await self._poll(propagate=propagate)
         except TimeoutError:
+            if not limit.expired():  # it is the task's own
+                raise
             raise celery.exceptions.TimeoutError("The operation timed out.") from None
 
     async def _poll(self, *, propagate: bool) -> R_co:
@@ -130,7 +131,7 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
                 f"{self._what}: no result is stored, because no result backend is configured; "
                 "set CELERY_RESULT_BACKEND."
             )
-        if self._is_ignored and self.state in states.UNREADY_STATES:
+        if self._is_ignored and self.state not in states.READY_STATES:
             self._raise_not_stored()
         # Celery's `get` gives None for an ignored result without looking.
         self._ignored = False

@@ -7,6 +7,7 @@ JSON; in comes `__call__`, which puts the steps around the function.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -19,7 +20,7 @@ from celerykit import bulk, loops
 from celerykit.call import Call, Next, Step, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
-from celerykit.errors import InvalidPayload
+from celerykit.errors import InvalidOptions, InvalidPayload
 from celerykit.headers import Headers
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
@@ -40,6 +41,9 @@ STEPS: tuple[Step, ...] = (validated,)
 
 #: Celery's tasks that call another task's function with items of their own message.
 _MAPPERS = ("celery.map", "celery.starmap")
+
+#: The options that Celery takes by position too, in its order.
+_POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
 # Marks on the request of a running task; each run has a request of its own.
 _ENTERED, _FINISHED = "celerykit_entered", "celerykit_finished"
@@ -106,28 +110,46 @@ class Task(celery.Task[P, R], Generic[P, R]):
     #: The function of an `async def` task, whose `run` waits for it.
     _coroutine_function: Callable[..., Any] | None = None
 
+    #: What the task, or a class it inherits from, was told; Celery fills in `ignore_result` for those that were not.
+    _told_ignore_result: bool | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "ignore_result" in vars(cls):
+            cls._told_ignore_result = cls.ignore_result
+        run = vars(cls).get("run")
+        function = run.__func__ if isinstance(run, staticmethod) else run
+        if inspect.iscoroutinefunction(function):
+            # What runs is a plain function, so that Celery's `autoretry_for`, which wraps it, sees its errors.
+            waits = loops.waiting_for(function)
+            cls.run = staticmethod(waits) if isinstance(run, staticmethod) else waits  # type: ignore[method-assign]
+            cls._coroutine_function = run
+        elif run is not None:
+            cls._coroutine_function = None
+
     @classmethod
     def bind(cls, app: Any) -> Any:
         """Build the contract, if the decorator has not, before Celery fills in the options nobody gave."""
-        if cls.name and not cls.name.startswith("celery."):
+        if not hasattr(app, "call_steps"):
+            # A stock app: the task is as stock as its app.
+            cls.contract = None
+        elif cls.name and not cls.name.startswith("celery."):
             cls._declare()
         return super().bind(app)
 
     @classmethod
     def _declare(cls) -> None:
-        run = inspect.getattr_static(cls, "run")
-        is_bound = not isinstance(run, staticmethod)
-        function = run if is_bound else run.__func__
-        if cls.contract is None:
+        if "contract" not in vars(cls):  # a class it inherits from has its own
+            run = inspect.getattr_static(cls, "run")
+            is_bound = not isinstance(run, staticmethod)
+            function = run if is_bound else run.__func__
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
-        if cls.contract.returns_nothing and cls.ignore_result is None:
+        cls.ignore_result = cast("Any", cls._told_ignore_result)
+        if cls._told_ignore_result is None and cast("Contract", cls.contract).returns_nothing:
             cls.ignore_result = True
             cls.store_errors_even_if_ignored = True
-        if inspect.iscoroutinefunction(function):
+        if cls._coroutine_function is not None:
             loops.refuse_green_threads(str(cls.name))
-            # What runs is a plain function, so that Celery's `autoretry_for`, which wraps it, sees its errors.
-            waits = loops.waiting_for(function)
-            cls.run, cls._coroutine_function = (waits if is_bound else staticmethod(waits)), run  # type: ignore[method-assign]
 
     # Out
 
@@ -136,8 +158,12 @@ class Task(celery.Task[P, R], Generic[P, R]):
         def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
             """Check a call, and send it; `apply_async` without options."""
 
-    def apply_async(  # type: ignore[override]
-        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+    def apply_async(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *positional: Any,
+        **options: Any,
     ) -> Result[R]:
         """
         Check a call, and send it.
@@ -151,6 +177,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
             EnqueueError: The broker did not take the message in time.
         """
+        options |= zip(_POSITIONAL, positional, strict=False)
         if self.contract is None:
             return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
         return self.send_prepared(*self.prepare(args, kwargs, options))
@@ -181,17 +208,15 @@ class Task(celery.Task[P, R], Generic[P, R]):
         return await self._asend(args, kwargs, {})
 
     async def _asend(self, args: Any, kwargs: Any, options: dict[str, Any]) -> Result[R]:
-        options = {**self._family(), **options}
-        prepared = self.prepare(args, kwargs, options)
-        return await self._kit.publish_in_thread(str(self.name), partial(self.send_prepared, *prepared))
-
-    def _family(self) -> dict[str, Any]:
-        # Celery knows the running task by its thread, and the publish is on another one.
         parent = self.app.current_worker_task
-        if parent is None:
-            return {}
-        request = parent.request
-        return {"parent_id": request.id, "root_id": request.root_id or request.id}
+        prepared = self.prepare(args, kwargs, {**_family(parent), **options})
+        send = partial(self.send_prepared, *prepared)
+        if self.app.conf.task_always_eager:  # a task may take longer than a publish
+            return await asyncio.to_thread(send)
+        sent = await self._kit.publish_in_thread(str(self.name), send)
+        if parent is not None and options.get("add_to_parent", True):
+            parent.add_trail(sent)
+        return sent
 
     def using(self, **options: Unpack[SendOptions]) -> Using[P, R]:
         """Give this task with options for its next calls, whose arguments are as typed as before."""
@@ -259,10 +284,15 @@ class Task(celery.Task[P, R], Generic[P, R]):
     def _item(self, args: Sequence[Any]) -> Sequence[Any]:
         return args if self.contract is None else self.contract.dump(args, {})[0]
 
-    def apply(  # type: ignore[override]
-        self, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None, **options: Any
+    def apply(
+        self,
+        args: Sequence[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *positional: Any,
+        **options: Any,
     ) -> EagerResult[R]:
         """Run a call in place, through the same checks and steps as in a worker."""
+        options |= zip(("link", "link_error", "task_id", "retries", "throw"), positional, strict=False)
         if self.contract is not None:
             args, kwargs = self._checked(args, kwargs, options)
         return EagerResult.of(super().apply(cast("Any", args), cast("Any", kwargs), **options), self.contract)
@@ -273,9 +303,15 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def _checked(self, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
         args, kwargs = args or (), kwargs or {}
+        if not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping):
+            raise InvalidPayload(
+                f"{self.name}: args must be a list or a tuple and kwargs a mapping, got {type(args).__name__} and "
+                f"{type(kwargs).__name__}. The message was not sent.",
+                str(self.name),
+            )
         try:
             return self._refusing(args, kwargs, options)
-        except InvalidPayload:
+        except (InvalidPayload, InvalidOptions):
             if self._speaks_for_finished(options):
                 return args, kwargs
             raise
@@ -324,11 +360,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
             setattr(request, _FINISHED, True)
 
     def _called_as_function(self, args: Any, kwargs: Any) -> Any:
-        if self._coroutine_function is not None:
-            return self._coroutine_function(*args, **kwargs)
         caller = self.app.current_task
         if self.contract is None or caller is None or caller.name not in _MAPPERS:
-            return super().__call__(*args, **kwargs)
+            plain: Callable[..., Any] = self._coroutine_function or super().__call__
+            return plain(*args, **kwargs)
         # `map` and `starmap` hand over the items of their own message.
         args, kwargs = self.contract.load(args, kwargs)
         return self.contract.dump_result(super().__call__(*args, **kwargs))
@@ -349,8 +384,18 @@ class Task(celery.Task[P, R], Generic[P, R]):
         return compose((*self._kit.call_steps, *STEPS), self._run)
 
     def _run(self, call: Call) -> Any:
-        run: Callable[..., Any] = self.run
-        return run(*call.args, **call.kwargs)
+        run: Callable[..., Any] = partial(self.run, *call.args, **call.kwargs)
+        if self._coroutine_function is not None and loops.is_running():
+            return loops.in_thread(partial(self._run_with, self.request, run))
+        return run()
+
+    def _run_with(self, request: Any, run: Callable[[], Any]) -> Any:
+        # Celery keeps the running request by thread.
+        self.request_stack.push(request)
+        try:
+            return run()
+        finally:
+            self.request_stack.pop()
 
     @property
     def _contract(self) -> Contract:
@@ -359,6 +404,17 @@ class Task(celery.Task[P, R], Generic[P, R]):
     @property
     def _kit(self) -> CeleryKit:
         return cast("CeleryKit", self.app)
+
+
+def _family(parent: Any) -> dict[str, Any]:
+    # Celery knows the running task by its thread, and `adelay` publishes on another one.
+    if parent is None:
+        return {}
+    request = parent.request
+    family = {"parent_id": request.id, "root_id": request.root_id or request.id}
+    if parent.app.conf.task_inherit_parent_priority:
+        family["priority"] = (request.delivery_info or {}).get("priority")
+    return family
 
 
 class AsyncTask(Task[P, R]):

@@ -10,7 +10,7 @@ import os
 import threading
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, Field
@@ -192,3 +192,59 @@ def on_error(task_id: str) -> str:
 @app.task
 def untyped(a, b=2):  # type: ignore[no-untyped-def]
     return [a, b]
+
+
+@app.task
+async def doubled(order: Order) -> Decimal:
+    return order.amount * 2
+
+
+@app.task
+async def tenant_of() -> str:
+    await asyncio.sleep(0)
+    return tenant.get()
+
+
+@app.task
+async def tenant_too() -> str:
+    return tenant.get()
+
+
+class Base(app.Task):  # type: ignore[name-defined,misc]
+    name = "tests.integration.shop.base"
+
+    async def run(self, n: int) -> int:
+        return n
+
+
+class Derived(Base):
+    """Has a contract of its own, is retried by Celery, and awaits what it inherits."""
+
+    name = "tests.integration.shop.derived"
+    autoretry_for = (ConnectionError,)
+    retry_kwargs: ClassVar = {"countdown": 0.05}
+    retry_backoff = False
+
+    async def run(self, order: Order, fail: int = 0) -> int:  # type: ignore[override]
+        if self.request.retries < fail:
+            raise ConnectionError
+        return await super().run(int(order.amount)) + self.request.retries
+
+
+base: Any = app.register_task(Base())  # type: ignore[no-untyped-call]
+derived: Any = app.register_task(Derived())  # type: ignore[no-untyped-call]
+
+
+@app.task(bind=True)
+def reports_progress(self: Task[..., Any]) -> None:
+    self.update_state(state="PROGRESS")
+
+
+@app.task
+async def sends_from_a_loop(order: Order) -> str:
+    return (await charge.adelay(order)).id
+
+
+@app.task
+def times_out() -> None:
+    raise TimeoutError("mine")

@@ -209,3 +209,33 @@ def test_celery_s_own_commands_see_the_tasks(shop: Any) -> None:
     [tasks] = shop.app.control.inspect(timeout=2).registered().values()
 
     assert shop.charge.name in tasks
+
+
+def test_a_task_that_returns_nothing_and_reports_progress_is_not_waited_for(shop: Any) -> None:
+    sent = shop.reports_progress.delay()
+    eventually(lambda: sent.state == "PROGRESS", within=WITHIN)
+
+    with pytest.raises(ResultNotStored):
+        sent.get(timeout=WITHIN)
+
+
+def test_a_call_made_on_a_loop_within_a_task_is_its_child(shop: Any, order: Any) -> None:
+    sent = shop.sends_from_a_loop.delay(order)
+
+    child = sent.get(timeout=WITHIN)
+
+    assert [result.id for result in sent.children] == [child]
+
+
+def test_a_task_s_own_timeout_is_not_taken_for_ours(shop: Any) -> None:
+    sent = shop.times_out.using(ignore_result=False).delay()
+
+    with pytest.raises(TimeoutError, match="mine"):
+        asyncio.run(sent.aget(timeout=WITHIN))
+
+
+def test_celery_s_positional_options_are_taken(shop: Any, order: Any) -> None:
+    assert shop.charge.apply_async((order,), {}, "my-own-id").id == "my-own-id"
+    assert shop.app.send_task(shop.charge.name, (order,), {}, 0.1).get(timeout=WITHIN)
+    with pytest.raises(InvalidPayload, match="args must be a list or a tuple"):
+        shop.charge.apply_async(order)

@@ -88,6 +88,7 @@ def test_map_starmap_and_chunks_read_and_write_models(shop: Any, order: Any) -> 
     assert shop.charge.map([order, order]).apply_async().get(timeout=WITHIN) == [written, written]
     assert shop.charge.starmap([(order,)]).apply_async().get(timeout=WITHIN) == [written]
     assert shop.charge.chunks([(order,), (order,)], 1).apply_async().get(timeout=WITHIN) == [[written], [written]]
+    assert shop.doubled.map([order]).apply_async().get(timeout=WITHIN) == ["3.00"]
     assert chunks(shop.untyped.s(), [(1,), (2,)], 1).apply_async().get(timeout=WITHIN) == [[[1, 2]], [[2, 2]]]
 
 
@@ -133,6 +134,12 @@ def test_a_wrong_result_in_a_chain_fails_the_next_task_and_not_the_one_that_ran(
     with pytest.raises(InvalidPayload, match="The task did not run"):
         sent.get(timeout=WITHIN)
     assert sent.parent.get(timeout=WITHIN) == "not a receipt"
+
+
+def test_a_next_task_that_is_too_far_ahead_does_not_fail_the_one_that_ran(shop: Any, order: Any) -> None:
+    sent = chain(shop.charge.s(order), shop.mail.s().set(countdown=400 * 86400, queue="far")).apply_async()
+
+    assert isinstance(sent.parent.get(timeout=WITHIN), shop.Receipt)
 
 
 def test_a_wrong_call_from_within_a_task_is_refused_there(shop: Any) -> None:

@@ -106,3 +106,21 @@ def test_the_soft_time_limit_interrupts_a_coroutine_that_never_awaits(shop: Any)
     with pytest.raises(SoftTimeLimitExceeded):
         sent.get(timeout=WITHIN)
     assert shop.loop_of.delay().get(timeout=WITHIN)
+
+
+def test_each_call_has_the_context_of_its_own_steps(pooled: Any) -> None:
+    """A loop that is kept does not keep the context of its first call."""
+    shop = pooled.shop
+
+    assert [pooled(task).get(timeout=WITHIN) for task in (shop.tenant_of, shop.tenant_too, shop.tenant_of)] == [
+        "tenant_of",
+        "tenant_too",
+        "tenant_of",
+    ]
+
+
+def test_an_async_class_inherits_awaits_and_is_retried(pooled: Any) -> None:
+    order = pooled.shop.Order(order_id=uuid4(), amount=40)
+
+    assert pooled(pooled.shop.derived, order, fail=2).get(timeout=WITHIN) == 42
+    assert pooled(pooled.shop.base, 3).get(timeout=WITHIN) == 3

@@ -318,6 +318,47 @@ def test_a_header_of_a_newer_sender_is_tolerated_and_kept() -> None:
     assert Headers.of({"celerykit": "nonsense"}) == Headers.of(None) == Headers()
 
 
+def test_an_eager_async_task_in_a_loop_sees_its_request(eager: Any) -> None:
+    @eager.task(bind=True)
+    async def own_id(self: Task[..., Any]) -> str:
+        return str(self.request.id)
+
+    async def in_a_web_request() -> bool:
+        sent = own_id.delay()
+        return bool(sent.get(disable_sync_subtasks=False) == sent.id)
+
+    assert asyncio.run(in_a_web_request())
+
+
+def test_a_child_class_has_a_contract_and_a_result_of_its_own(app: Any) -> None:
+    class Silent(app.Task):  # type: ignore[name-defined,misc]
+        name = "unit.silent"
+
+        def run(self, n: int) -> None: ...
+
+    class Loud(Silent):
+        name = "unit.loud"
+
+        def run(self, order: Order) -> Order:  # type: ignore[override]
+            return order
+
+    silent, loud = app.register_task(Silent()), app.register_task(Loud())
+
+    assert (silent.contract.task, loud.contract.task) == ("unit.silent", "unit.loud")
+    assert (silent.ignore_result, loud.ignore_result) == (True, False)
+
+
+def test_a_shared_task_with_our_base_works_in_a_stock_app() -> None:
+    stock = celery.Celery("stock", broker="memory://", backend="cache+memory://", set_as_current=False)
+
+    @celerykit.shared_task(name="unit.based", base=Task)
+    def based(n: int) -> int:
+        return n
+
+    assert stock.tasks["unit.based"].apply((3,)).get() == 3
+    stock.tasks["unit.based"].delay(3)
+
+
 def test_a_thread_s_loop_ends_with_the_thread() -> None:
     seen: list[asyncio.AbstractEventLoop] = []
 
