@@ -25,6 +25,7 @@ from celerykit import (
     ResultNotStored,
     Task,
     loops,
+    shared_task,
 )
 from celerykit.call import compose, validated
 from celerykit.contract import Contract
@@ -351,7 +352,7 @@ def test_a_child_class_has_a_contract_and_a_result_of_its_own(app: Any) -> None:
 def test_a_shared_task_with_our_base_works_in_a_stock_app() -> None:
     stock = celery.Celery("stock", broker="memory://", backend="cache+memory://", set_as_current=False)
 
-    @celerykit.shared_task(name="unit.based", base=Task)
+    @shared_task(name="unit.based", base=Task)
     def based(n: int) -> int:
         return n
 
