@@ -28,6 +28,7 @@ from typing import (
 
 import celery
 from celery.app.backends import BACKEND_ALIASES
+from celery.fixups.django import DjangoFixup
 from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 
@@ -171,6 +172,9 @@ class CeleryKit(celery.Celery):
         self._settings: Settings | None = None
         self._publishers: dict[int, ThreadPoolExecutor] = {}
         super().__init__(main, *args, **kwargs)
+        if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
+            # Celery gives Django's methods to the tasks of apps that have no task class of their own.
+            self.task_cls = "celerykit.contrib.django:DjangoTask"
 
     def __reduce_keys__(self) -> dict[str, Any]:
         return {**super().__reduce_keys__(), "steps": self.call_steps}

@@ -311,8 +311,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
             )
         try:
             return self._refusing(args, kwargs, options)
-        except (InvalidPayload, InvalidOptions):
-            if self._speaks_for_finished(options):
+        except (InvalidPayload, InvalidOptions) as error:
+            # `typing=False` is Celery's way to say that callers are not checked.
+            if self._speaks_for_finished(options) or (not self.typing and isinstance(error, InvalidPayload)):
                 return args, kwargs
             raise
 

@@ -217,6 +217,14 @@ def test_an_app_survives_pickling_with_its_settings() -> None:
     assert again.conf.task_always_eager is True
 
 
+def test_callers_of_a_task_without_typing_are_not_checked(app: Any) -> None:
+    @app.task(typing=False)
+    def task(n: int) -> None: ...
+
+    assert task.prepare((), {}, {})[:2] == ((), {})
+    assert task.prepare(("3",), {}, {})[:2] == ((3,), {})
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), [float("nan")]])
 def test_nan_is_refused(app: Any, value: Any) -> None:
     @app.task

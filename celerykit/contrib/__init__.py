@@ -1,0 +1,3 @@
+"""
+Doors to frameworks. Each is imported by who needs it, and by nobody else.
+"""
