@@ -40,7 +40,9 @@ class PartlySent(UnreachableBroker):
             were not sent.
     """
 
-    def __init__(self, message: str, *, sent: Sequence[Result[Any]], uncertain: Sequence[Result[Any]]) -> None:
+    def __init__(
+        self, message: str, *, sent: Sequence[Result[Any]] = (), uncertain: Sequence[Result[Any]] = ()
+    ) -> None:
         super().__init__(message, may_have_been_sent=bool(uncertain))
         self.sent = list(sent)
         self.uncertain = list(uncertain)

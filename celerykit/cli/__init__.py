@@ -67,7 +67,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-_CHECK = Lazy("celerykit.cli.check:check", "Look for settings that lose tasks, and say how to mend them.")
+_CHECK = Lazy("celerykit.cli.check:check", "Check the settings, and say where each came from.")
 
 #: Those that need an app are in `plugin.kit` too.
 NEED_APP = {"check": _CHECK}
