@@ -236,7 +236,7 @@ class CeleryKit(celery.Celery):
 
             EnqueueError: The broker failed; ``sent`` and ``uncertain`` say which calls it had taken.
         """
-        return bulk.enqueue(self, calls)
+        return bulk.enqueue(self, bulk.of_signatures(calls))
 
     def send_task(self, name: str, args: Any = None, kwargs: Any = None, *positional: Any, **options: Any) -> Any:
         """

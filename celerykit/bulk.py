@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from celerykit.canvas import Signature
 from celerykit.errors import InvalidOptions, InvalidPayload
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
     from celerykit.app import CeleryKit
     from celerykit.result import Result
 
-__all__ = ["Arguments", "PartlySent", "as_signature", "enqueue"]
+__all__ = ["Arguments", "PartlySent", "Unsent", "enqueue", "of_signatures", "of_task"]
 
 #: The arguments of one call: by position, or by name.
 Arguments: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
 #: Messages a round trip. More gain nothing measurable, and leave more uncertain after a failure.
 _BATCH = 500
+
+#: What Celery cuts a representation at, and how deep it goes unless told otherwise.
+_LONGEST_REPR, _DEFAULT_LEVELS = 1024, 3
+
+#: The options that choose a queue for one call.
+_ROUTING = ("queue", "exchange", "routing_key", "exchange_type")
 
 
 class PartlySent(UnreachableBroker):
@@ -59,63 +65,116 @@ class _Progress:
         self.uncertain = []
 
 
-def as_signature(task: Any, call: Arguments | Signature[Any]) -> Signature[Any]:
-    """Make a signature of *task* from the arguments of one call."""
-    if isinstance(call, Signature):  # a mapping too, as all of Celery's are
-        return call
-    if isinstance(call, Mapping):
-        return Signature(task, (), dict(call), app=task.app)
-    if isinstance(call, tuple | list):
-        return Signature(task, tuple(call), {}, app=task.app)
-    raise InvalidOptions(
-        f"{task.name}: a call must be a tuple of arguments, a mapping of named ones, or a signature; "
-        f"got {type(call).__name__}. Nothing was sent."
-    )
+class Unsent(NamedTuple):
+    """One call: of a typed task, not checked yet."""
+
+    task: Any
+    args: Any
+    kwargs: Any
+    options: Mapping[str, Any]
 
 
-def enqueue(app: CeleryKit, signatures: Iterable[Signature[Any]]) -> list[Result[Any]]:
+def of_task(task: Any, calls: Iterable[Arguments | Signature[Any]]) -> Iterator[Unsent]:
+    """Read the calls of one task, each from its arguments or from a signature."""
+    for index, call in enumerate(calls):
+        if isinstance(call, Signature):  # a mapping too, as all of Celery's are
+            yield _of_signature(index, call)
+        elif isinstance(call, Mapping):
+            yield Unsent(task, (), call, {})
+        elif isinstance(call, tuple | list):
+            yield Unsent(task, call, {}, {})
+        else:
+            raise InvalidOptions(
+                f"{task.name}: call {index} must be a tuple of arguments, a mapping of named ones, or a signature; "
+                f"got {type(call).__name__}. Nothing was sent."
+            )
+
+
+def of_signatures(calls: Iterable[Any]) -> Iterator[Unsent]:
+    """Read the calls of any typed tasks, each from a signature."""
+    return (_of_signature(index, call) for index, call in enumerate(calls))
+
+
+def _of_signature(index: int, sig: Any) -> Unsent:
+    task = getattr(sig, "type", None)
+    if getattr(task, "contract", None) is None:
+        what = getattr(sig, "task", type(sig).__name__)
+        raise InvalidOptions(f"call {index}: {what} is not a call of one typed task. Nothing was sent.")
+    return Unsent(task, sig.args, sig.kwargs, sig.options)
+
+
+def enqueue(app: CeleryKit, unsent: Iterable[Unsent]) -> list[Result[Any]]:
     """
-    Check all *signatures*, then send them.
+    Check all calls, then send them.
 
     Raises:
         InvalidPayload: One does not fit; nothing was sent.
 
         PartlySent: The broker failed; says what it had taken.
     """
-    calls = [_checked(index, sig) for index, sig in enumerate(signatures)]
+    calls = [_checked(index, call) for index, call in enumerate(unsent)]
     progress = _Progress(total=len(calls))
+    how = _How(app)
     with _telling(app, progress), app.producer_or_acquire() as producer:
         for batch in _in_batches(calls):
-            _publish(producer, batch, progress)
+            _publish(producer, batch, progress, how)
     return progress.sent
 
 
-def _checked(index: int, sig: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
-    contract = getattr(getattr(sig, "type", None), "contract", None)
-    if contract is None:
-        what = getattr(sig, "task", type(sig).__name__)
-        raise InvalidOptions(f"call {index}: {what} is not a call of one typed task. Nothing was sent.")
+def _checked(index: int, call: Unsent) -> Unsent:
     try:
-        return (sig.type, *sig.type.prepare(sig.args, sig.kwargs, sig.options))
+        return Unsent(call.task, *call.task.prepare(call.args, call.kwargs, call.options))
     except InvalidPayload as error:
         raise InvalidPayload(f"call {index}: {error} Nor were the others.", error.task, error.problems) from None
 
 
-def _publish(producer: Any, batch: list[Any], progress: _Progress) -> None:
+class _How:
+    """
+    What need not be done anew for each of many messages.
+
+    Celery looks for each whether its queue is there, and writes for each what
+    logs and Flower show of the arguments.
+    """
+
+    def __init__(self, app: CeleryKit) -> None:
+        # Routes may send the calls of one task to several queues.
+        self._may_differ = bool(app.conf.task_routes)
+        self._writes_reprs = app.conf.task_repr_maxlevels == _DEFAULT_LEVELS
+        self._declared: set[str] = set()
+
+    def options(self, call: Unsent) -> dict[str, Any]:
+        return {**self._declare(call), **(self._reprs(call) if self._writes_reprs else {})}
+
+    def _declare(self, call: Unsent) -> dict[str, Any]:
+        if self._may_differ or not call.options.keys().isdisjoint(_ROUTING):
+            return {}
+        if call.task.name in self._declared:
+            return {"declare": []}
+        self._declared.add(call.task.name)
+        return {}
+
+    def _reprs(self, call: Unsent) -> dict[str, str]:
+        # For what is short, Python's own says the same as Celery's, which takes ten times as long to cut what is not.
+        reprs = {"argsrepr": repr(tuple(call.args)), "kwargsrepr": repr(call.kwargs)}
+        return reprs if all(len(text) <= _LONGEST_REPR for text in reprs.values()) else {}
+
+
+def _publish(producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
     # Where a transport cannot put messages together, each has arrived when its publish returns.
     together = producer.supports_batch_publish
     # What is put aside for a batch is not on its way yet, so there is nothing to try again.
-    how = {"producer": producer, **({"retry": False} if together else {})}
+    fixed = {"producer": producer, **({"retry": False} if together else {})}
     # One more than there are: what is sent when it is full would be sent within somebody's `send_prepared`.
     with producer.batch(max_size=_BATCH + 1):
-        for task, args, kwargs, options in batch:
-            progress.uncertain.append(task.send_prepared(args, kwargs, {**options, **how}))
+        for call in batch:
+            options = {**how.options(call), **call.options, **fixed}
+            progress.uncertain.append(call.task.send_prepared(call.args, call.kwargs, options))
             if not together:
                 progress.settle()
     progress.settle()
 
 
-def _in_batches(calls: list[Any]) -> Iterator[list[Any]]:
+def _in_batches(calls: list[Unsent]) -> Iterator[list[Unsent]]:
     rest = iter(calls)
     while batch := list(islice(rest, _BATCH)):
         yield batch

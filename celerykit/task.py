@@ -236,7 +236,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
             EnqueueError: The broker failed; ``sent`` and ``uncertain`` say which calls it had taken.
         """
-        return bulk.enqueue(self._kit, [bulk.as_signature(self, call) for call in calls])
+        return bulk.enqueue(self._kit, bulk.of_task(self, calls))
 
     def signature(
         self,
