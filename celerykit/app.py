@@ -33,9 +33,10 @@ from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 
 from celerykit import bulk
+from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
 from celerykit.canvas import Signature
-from celerykit.contract import Contract, UnresolvedAnnotation
+from celerykit.contract import Contract
 from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options, wait_within

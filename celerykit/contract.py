@@ -12,27 +12,21 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any
 
-import typing_extensions
-from pydantic import PydanticSchemaGenerationError, PydanticUserError, ValidationError
+from pydantic import ValidationError
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from celerykit.errors import InvalidContract, InvalidPayload, Problem, ResultMismatch
+from celerykit.annotations import NOTHING, fields_of_parameters, fields_of_result, hints_of, name_of
+from celerykit.errors import InvalidPayload, Problem, ResultMismatch
 from celerykit.fields import Fields
 from celerykit.parameters import BindingError, Parameters
 
-__all__ = ["Contract", "UnresolvedAnnotation"]
-
-#: Not checked and not converted: they pass as the serializer takes them, as in stock Celery.
-_UNTYPED = (inspect.Parameter.empty, Any, object)
-
-_NOTHING = (None, type(None), NoReturn, typing.Never)
+__all__ = ["Contract"]
 
 #: More problems than this are counted, not listed: a message is read by a person.
 _SHOWN_PROBLEMS = 5
@@ -46,10 +40,6 @@ _NOT_RUN = "The task did not run."
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _Conversion = Callable[[Mapping[str, Any]], dict[str, Any]]
-
-
-class UnresolvedAnnotation(InvalidContract):
-    """An annotation names something that does not exist yet, or not here."""
 
 
 class Contract:
@@ -88,16 +78,11 @@ class Contract:
     ) -> None:
         self.task = task
         self.parameters = Parameters.of(function, drop_first=drop_first)
-        hints = _hints(task, function, namespace)
+        hints = hints_of(task, function, namespace)
         self.returns = hints.get("return", inspect.Parameter.empty)
-        types = {
-            name: _type_of(name, hints[name], self.parameters)
-            for name in self.parameters.names
-            if hints.get(name, inspect.Parameter.empty) not in _UNTYPED
-        }
-        self._fields = _parameters(task, types, strict=strict)
-        self._all_typed = len(types) == len(self.parameters.names)
-        self._result = None if self.returns in (*_UNTYPED, *_NOTHING) else _result(task, self.returns)
+        self._fields = fields_of_parameters(task, hints, self.parameters, strict=strict)
+        self._result = fields_of_result(task, self.returns)
+        self._all_typed = len(self._fields.types) == len(self.parameters.names)
 
     def __repr__(self) -> str:
         return f"<Contract of {self.task}>"
@@ -105,7 +90,7 @@ class Contract:
     @property
     def returns_nothing(self) -> bool:
         """Whether the task says that it has no result (``-> None``)."""
-        return self.returns in _NOTHING
+        return self.returns in NOTHING
 
     # The caller's side
 
@@ -315,81 +300,17 @@ class Contract:
         problems = _problems(error) if isinstance(error, ValidationError) else [_unsendable(error)]
         what = "; ".join(_sentence(problem) for problem in problems[:_SHOWN_PROBLEMS])
         return ResultMismatch(
-            f"{self.task}: {verb} a value that is not of its return type {_name(self.returns)}: {what}.",
+            f"{self.task}: {verb} a value that is not of its return type {name_of(self.returns)}: {what}.",
             self.task,
             value,
         )
-
-
-def _hints(task: str, function: Callable[..., Any], namespace: Mapping[str, Any] | None) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(function, localns=dict(namespace or {}), include_extras=True)
-    except (NameError, AttributeError) as error:
-        raise UnresolvedAnnotation(
-            f"{task}: the annotation {error.name!r} is not defined; define or import it "
-            "in the task's module (an import under TYPE_CHECKING does not exist when the program runs)."
-        ) from error
-    except (TypeError, SyntaxError) as error:
-        raise InvalidContract(f"{task}: an annotation is not a type: {error}.") from error
-
-
-def _type_of(name: str, annotation: Any, parameters: Parameters) -> Any:
-    if name == parameters.var_positional:
-        return list[annotation]
-    if name != parameters.var_keyword:
-        return annotation
-    if get_origin(annotation) in (typing.Unpack, typing_extensions.Unpack):
-        return get_args(annotation)[0]
-    return dict[str, annotation]
-
-
-def _fields(task: str, types: dict[str, Any], *, strict: bool) -> Fields:
-    try:
-        fields = Fields(types, strict=strict)
-    except (PydanticUserError, TypeError, NameError) as error:
-        raise _first_refused(task, types, error) from error
-    for name, reason in fields.unsendable.items():
-        raise InvalidContract(f"{task}: {_what(name)}: {reason}.")
-    return fields
-
-
-def _parameters(task: str, types: dict[str, Any], *, strict: bool) -> Fields:
-    fields = _fields(task, types, strict=strict)
-    for name in fields.excluded:
-        raise InvalidContract(
-            f"{task}: {_what(name)} has a field with exclude=True, which would not arrive; "
-            "give the task a model of what it needs."
-        )
-    return fields
-
-
-def _result(task: str, returns: Any) -> Fields:
-    return _fields(task, {"return": returns}, strict=False)
-
-
-def _first_refused(task: str, types: dict[str, Any], whole: Exception) -> InvalidContract:
-    """Find out which of *types* pydantic does not take."""
-    for name, annotation in types.items():
-        try:
-            Fields({name: annotation})
-        except PydanticSchemaGenerationError:
-            return InvalidContract(
-                f"{task}: {_what(name)}: {_name(annotation)} cannot be read from JSON; "
-                "use a type pydantic knows, or leave it without a type (Any) to pass it as it is."
-            )
-        except NameError as error:  # PydanticUndefinedAnnotation is one
-            return UnresolvedAnnotation(f"{task}: {_what(name)}: {error.name!r} is not defined.")
-        except (PydanticUserError, TypeError) as error:
-            reason = str(error).partition("\n")[0]
-            return InvalidContract(f"{task}: {_what(name)}: {_name(annotation)}: {reason}")
-    return InvalidContract(f"{task}: {whole}")
 
 
 def _schema(fields: Fields, name: str, *, of_output: bool = False) -> dict[str, Any]:
     try:
         return fields.json_schema(name, of_output=of_output)
     except PydanticInvalidForJsonSchema:
-        return {"title": _name(fields.types[name])}
+        return {"title": name_of(fields.types[name])}
 
 
 def _problems(error: ValidationError) -> list[Problem]:
@@ -426,11 +347,3 @@ def _unsendable(error: Exception) -> Problem:
 def _sentence(problem: Problem) -> str:
     where = ".".join(map(str, problem["loc"]))
     return f"argument {where!r}: {problem['msg']}" if where else str(problem["msg"])
-
-
-def _what(name: str) -> str:
-    return "the return type" if name == "return" else f"parameter {name!r}"
-
-
-def _name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

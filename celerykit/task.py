@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import celery
 
@@ -24,13 +23,14 @@ from celerykit.errors import InvalidOptions, InvalidPayload
 from celerykit.headers import Headers
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
+from celerykit.using import SendOptions, Using
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from celerykit.app import CeleryKit
 
-__all__ = ["STEPS", "AsyncTask", "SendOptions", "Task", "Using"]
+__all__ = ["STEPS", "AsyncTask", "Task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,39 +47,6 @@ _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
 # Marks on the request of a running task; each run has a request of its own.
 _ENTERED, _FINISHED = "celerykit_entered", "celerykit_finished"
-
-
-class SendOptions(TypedDict, total=False):
-    """The options of one call, as ``apply_async`` takes them."""
-
-    countdown: float
-    eta: datetime
-    expires: float | datetime
-    task_id: str
-    queue: Any
-    exchange: Any
-    routing_key: str
-    priority: int
-    headers: Mapping[str, Any]
-    ignore_result: bool
-    link: Any
-    link_error: Any
-    shadow: str
-    serializer: str
-    compression: str
-    time_limit: float
-    soft_time_limit: float
-    retry: bool
-    retry_policy: Mapping[str, Any]
-    add_to_parent: bool
-    producer: Any
-    connection: Any
-    reply_to: str
-    argsrepr: str
-    kwargsrepr: str
-    delivery_mode: int
-    expiration: float
-    mandatory: bool
 
 
 class _Sign(Protocol[P, R_co]):
@@ -205,9 +172,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
         A wrong call is refused at once; the publish runs on a thread, and is
         given up after ``CELERYKIT_PUBLISH_DEADLINE``.
         """
-        return await self._asend(args, kwargs, {})
+        return await self.asend(args, kwargs, {})
 
-    async def _asend(self, args: Any, kwargs: Any, options: dict[str, Any]) -> Result[R]:
+    async def asend(self, args: Any, kwargs: Any, options: Mapping[str, Any]) -> Result[R]:
+        """Do what `apply_async` does without blocking the event loop."""
         parent = self.app.current_worker_task
         prepared = self.prepare(args, kwargs, {**_family(parent), **options})
         send = partial(self.send_prepared, *prepared)
@@ -431,27 +399,3 @@ class AsyncTask(Task[P, R]):
             self, *args: P.args, **kwargs: P.kwargs
         ) -> Coroutine[Any, Any, R]:
             """Give the function's coroutine."""
-
-
-class Using(Generic[P, R]):
-    """A task with options for its calls."""
-
-    def __init__(self, task: Task[P, R], options: SendOptions) -> None:
-        self._task = task
-        self._options = cast("dict[str, Any]", options)
-
-    def delay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
-        """Send a call with these options."""
-        return self._task.apply_async(args, kwargs, **self._options)
-
-    async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Result[R]:
-        """Send a call with these options without blocking the event loop."""
-        return await self._task._asend(args, kwargs, dict(self._options))
-
-    def s(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
-        """Make a signature with these options."""
-        return self._task.signature(args, kwargs, self._options)
-
-    def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature[R]:
-        """Make an immutable signature with these options."""
-        return self._task.signature(args, kwargs, self._options, immutable=True)

@@ -18,7 +18,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
 from typing_extensions import TypedDict
 
-from celerykit.contract import Contract, UnresolvedAnnotation
+from celerykit.annotations import UnresolvedAnnotation
+from celerykit.contract import Contract
 from celerykit.errors import InvalidContract, InvalidPayload, ResultMismatch
 
 T = TypeVar("T")
