@@ -12,17 +12,18 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tests.benchmarks import report, suites
-from tests.benchmarks.lanes import Case, Figures, Lane, Place, Sender, Worker, place
+from tests.benchmarks.lanes import Case, Place, Sender, Worker, place
 from tests.benchmarks.subjects import Subject
-from tests.benchmarks.suites import Pace, Round, Row
+from tests.benchmarks.suites import Pace
 
-_FULL = Pace(calls=500, rounds=10, seconds=18.0, fresh=2)
-_QUICK = Pace(calls=500, rounds=3, seconds=1.0, fresh=1)
+_FULL = Pace(calls=500, rounds=10, seconds=18.0, fresh=2, enough=200.0)
+_QUICK = Pace(calls=500, rounds=4, seconds=2.0, fresh=1, enough=20.0)
+
+_CONTRACT = Case("contract", Subject("celerykit", results=True))
 
 
 def main() -> None:
@@ -40,32 +41,17 @@ def main() -> None:
 def _measured(where: Place, *, quick: bool) -> dict[str, Any]:
     facts = report.machine(where.server_version)
     pace, run = (_QUICK, suites.RUN_QUICKLY) if quick else (_FULL, suites.RUN)
-    contract = _contract(where, pace)
-    sent = _rounds(Sender, where, pace, suites.ONE, suites.MANY)
-    ran = _rounds(Worker, where, pace, run)
+    sent = [(Sender, group) for group in ([_CONTRACT], *suites.groups_of(suites.ONE, suites.MANY))]
+    ran = [(Worker, group) for group in suites.groups_of(run)]
+    rounds = suites.measure(where, pace, [*sent, *ran])
     tables = [
-        report.send_one_table(suites.ONE, sent),
-        report.run_table(run, ran),
-        report.send_many_table(suites.MANY, sent),
-        report.contract_table(contract),
+        report.send_one_table(suites.ONE, rounds),
+        report.run_table(run, rounds),
+        report.send_many_table(suites.MANY, rounds),
+        report.contract_table([round_[_CONTRACT] for round_ in rounds if _CONTRACT in round_]),
     ]
-    rounds = [[{**asdict(case), **figures} for case, figures in round_.items()] for round_ in (*sent, *ran)]
-    return {"machine": facts, "tables": tables, "rounds": rounds, "contract": contract}
-
-
-def _rounds(kind: type[Lane], where: Place, pace: Pace, *tables: Sequence[Row]) -> list[Round]:
-    rounds = []
-    for turn in range(pace.fresh):
-        for group in suites.groups_of(*tables):
-            print(f"measuring {group[0].how} and what compares with it, {turn + 1} of {pace.fresh}", file=sys.stderr)
-            rounds += suites.take_turns(kind, where, group, pace)
-    return rounds
-
-
-def _contract(where: Place, pace: Pace) -> list[Figures]:
-    case = Case("contract", Subject("celerykit", results=True))
-    rounds = [suites.take_turns(Sender, where, [case], pace)[-1] for _ in range(pace.fresh)]
-    return [round_[case] for round_ in rounds]
+    single = [[{**asdict(case), **figures} for case, figures in round_.items()] for round_ in rounds]
+    return {"machine": facts, "tables": tables, "rounds": single}
 
 
 def _as_markdown(found: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ a ratio is taken between two that were measured in the same round.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from tests.benchmarks.lanes import Case, Figures, Lane, Place
 from tests.benchmarks.subjects import Flavour, Subject
 
-__all__ = ["MANY", "ONE", "RUN", "RUN_QUICKLY", "Pace", "Round", "Row", "groups_of", "take_turns"]
+__all__ = ["MANY", "ONE", "RUN", "RUN_QUICKLY", "Pace", "Round", "Row", "groups_of", "measure"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Pace:
             After which no further round is begun with them; there is always one.
 
         fresh:
-            How often all of that is done, with fresh processes.
+            How often all of that is done, at most, each time with fresh processes.
+
+        enough:
+            Seconds after which nothing is begun that was measured before.
     """
 
     calls: int
     rounds: int
     seconds: float
     fresh: int
+    enough: float
 
 
 _NAMES: dict[Flavour, str] = {
@@ -116,14 +121,26 @@ def groups_of(*tables: Sequence[Row]) -> list[list[Case]]:
     return [list(group) for group in groups.values()]
 
 
-def take_turns(kind: type[Lane], where: Place, group: Sequence[Case], pace: Pace) -> list[Round]:
+def measure(where: Place, pace: Pace, groups: Sequence[tuple[type[Lane], Sequence[Case]]]) -> list[Round]:
+    """Measure all *groups*, once at least."""
+    deadline = time.monotonic() + pace.enough
+    rounds: list[Round] = []
+    for turn in range(pace.fresh):
+        for kind, group in groups:
+            if turn == 0 or time.monotonic() < deadline:
+                print(f"measuring {group[0].how} and what compares with it", file=sys.stderr, flush=True)
+                rounds += _take_turns(kind, where, group, pace, deadline=deadline)
+    return rounds
+
+
+def _take_turns(kind: type[Lane], where: Place, group: Sequence[Case], pace: Pace, *, deadline: float) -> list[Round]:
     """Measure the cases of *group* again and again, each in a fresh process of *kind*."""
     with ExitStack() as stack:
         lanes = [stack.enter_context(kind(where, case, database=number)) for number, case in enumerate(group)]
         for lane in lanes:
             lane.warm_up()
+        deadline = min(deadline, time.monotonic() + pace.seconds)
         rounds: list[Round] = []
-        deadline = time.monotonic() + pace.seconds
         while not rounds or (len(rounds) < pace.rounds and time.monotonic() < deadline):
             in_order = lanes if len(rounds) % 2 == 0 else lanes[::-1]
             rounds.append({lane.case: lane.measure(pace.calls) for lane in in_order})

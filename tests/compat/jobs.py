@@ -109,9 +109,12 @@ def collect(side: str, *, suite: Path, folder: Path) -> list[str]:
     tests, record = folder / f"{side}.tests", folder / f"{side}.jsonl"
     command = [*_command("t/integration"), "--collect-only", *(f"--ignore={path}" for path in LEFT_OUT)]
     environment = _environment(side, tests, record, port=None)
-    done = subprocess.run(
-        command, cwd=suite, env=environment, capture_output=True, text=True, timeout=_COLLECT_LIMIT, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=suite, env=environment, capture_output=True, text=True, timeout=_COLLECT_LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise CannotCollect(f"side {side!r}: pytest did not collect within {_COLLECT_LIMIT:g} s.") from None
     if done.returncode != 0:
         said = (done.stdout + done.stderr)[-4000:]
         raise CannotCollect(f"side {side!r}: pytest could not collect Celery's tests:\n{said}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from celerykit.dev.servers import ServerFailed, ServerNotFound
 from tests.compat import jobs, suite
 from tests.compat.outcomes import Outcome, Run
-from tests.compat.verdict import Verdict, judge, read_exceptions
+from tests.compat.verdict import NotComparable, Verdict, check_baseline, judge, read_exceptions
 
 STOCK, KIT = "stock", "kit"
 _TITLES = {STOCK: "celery.Celery", KIT: "celerykit.CeleryKit"}
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = _folder_for_logs()
     try:
         comparison = compare(folder, only=options.only, at_once=options.at_once)
-    except (suite.NoSuite, jobs.CannotCollect, ServerFailed, ServerNotFound, ValueError) as error:
+    except (suite.NoSuite, jobs.CannotCollect, NotComparable, ServerFailed, ServerNotFound, ValueError) as error:
         _say(f"compat: {error}")
         return _CANNOT_RUN
     except KeyboardInterrupt:
@@ -92,6 +92,8 @@ def compare(folder: Path, *, only: str, at_once: int) -> Comparison:
 
     Raises:
         ValueError: No test has *only* in its name, or the list of exceptions is wrong.
+
+        NotComparable: Too few tests pass with stock Celery.
     """
     started = time.monotonic()
     exceptions = read_exceptions()
@@ -102,6 +104,7 @@ def compare(folder: Path, *, only: str, at_once: int) -> Comparison:
     _say(f"{len(names)} tests of Celery {version('celery')}, each on both sides; the logs are in {folder}")
     runs = jobs.run(_pairs(names), suite=tests, folder=folder, at_once=at_once)
     stock, kit = runs[STOCK], runs[KIT]
+    check_baseline(stock)
     first = judge(stock, kit, exceptions, whole=not only)
     _again(first.broken, kit, suite=tests, folder=folder, at_once=at_once)
     return Comparison(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.compat.jobs import split
 from tests.compat.outcomes import LOST, Outcome, Run, read
-from tests.compat.verdict import judge, read_exceptions
+from tests.compat.verdict import NotComparable, check_baseline, judge, read_exceptions
 
 
 def phase(test: str, outcome: str, when: str = "call") -> dict[str, Any]:
@@ -89,6 +89,16 @@ def test_an_exception_that_is_not_needed_is_a_fault():
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_exception_without_a_test_is_a_fault_when_all_tests_ran(whole: bool):
     assert judge(run_of(), run_of(), {"b": "a misspelling"}, whole=whole).is_good is not whole
+
+
+@pytest.mark.parametrize("stock", [run_of(), run_of(a="skipped"), run_of(a="passed", b="error", c="lost")])
+def test_there_is_no_comparison_with_a_stock_celery_that_fails(stock: Run):
+    with pytest.raises(NotComparable):
+        check_baseline(stock)
+
+
+def test_a_few_flaky_tests_do_not_spoil_the_comparison():
+    check_baseline(run_of(flaky="failed", off="skipped", **{f"t{number}": "passed" for number in range(20)}))
 
 
 @pytest.mark.parametrize(
