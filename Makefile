@@ -25,7 +25,7 @@ demo: $(VENV)/.run  ## See it work: an embedded Valkey, a stock worker, a small 
 	@$(BIN)/python examples/quickstart/demo.py
 
 test: $(VENV)/.test  ## Run the tests
-	$(PYTEST) -n auto tests/unit tests/integration $(ARGS)
+	$(PYTEST) -n auto tests/unit tests/integration tests/compat $(ARGS)
 
 lint: $(VENV)/.lint  ## Check style, and that imports point one way
 	$(BIN)/ruff check .
