@@ -14,7 +14,7 @@ from tests.benchmarks.suites import Round, Row
 
 __all__ = ["Table", "contract_table", "machine", "run_table", "send_many_table", "send_one_table"]
 
-_PACKAGES = ("celery", "kombu", "redis", "hiredis", "pydantic")
+_PACKAGES = ("celery", "kombu", "redis", "pydantic")
 
 
 @dataclass(frozen=True)
