@@ -26,9 +26,6 @@ Arguments: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 #: Messages a round trip. More gain nothing measurable, and leave more uncertain after a failure.
 _BATCH = 500
 
-#: What Celery cuts a representation at, and how deep it goes unless told otherwise.
-_LONGEST_REPR, _DEFAULT_LEVELS = 1024, 3
-
 #: The options that choose a queue for one call.
 _ROUTING = ("queue", "exchange", "routing_key", "exchange_type")
 
@@ -130,33 +127,21 @@ def _checked(index: int, call: Unsent) -> Unsent:
 
 class _How:
     """
-    What need not be done anew for each of many messages.
-
-    Celery looks for each whether its queue is there, and writes for each what
-    logs and Flower show of the arguments.
+    What need not be done anew for each of many messages: to look whether its queue is there.
     """
 
     def __init__(self, app: CeleryKit) -> None:
         # Routes may send the calls of one task to several queues.
         self._may_differ = bool(app.conf.task_routes)
-        self._writes_reprs = app.conf.task_repr_maxlevels == _DEFAULT_LEVELS
         self._declared: set[str] = set()
 
     def options(self, call: Unsent) -> dict[str, Any]:
-        return {**self._declare(call), **(self._reprs(call) if self._writes_reprs else {})}
-
-    def _declare(self, call: Unsent) -> dict[str, Any]:
         if self._may_differ or not call.options.keys().isdisjoint(_ROUTING):
             return {}
         if call.task.name in self._declared:
             return {"declare": []}
         self._declared.add(call.task.name)
         return {}
-
-    def _reprs(self, call: Unsent) -> dict[str, str]:
-        # For what is short, Python's own says the same as Celery's, which takes ten times as long to cut what is not.
-        reprs = {"argsrepr": repr(tuple(call.args)), "kwargsrepr": repr(call.kwargs)}
-        return reprs if all(len(text) <= _LONGEST_REPR for text in reprs.values()) else {}
 
 
 def _publish(producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:

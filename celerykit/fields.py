@@ -63,7 +63,7 @@ class Fields:
         self._validate_python = validator.validate_python
         self._validate_json = validator.validate_json
         self._has_unions = _holds(schema, partial(_is_of_type, "union"))
-        self._reads_twice = bool(strict) or self._has_unions or _holds(schema, partial(_is_of_type, "bytes"))
+        self._reads_twice = bool(strict) or self._has_unions or _holds(schema, _reads_json_differently)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """
@@ -235,6 +235,11 @@ def _with_sets_in_order(written: Any, python: Any) -> Any:
 
 def _is_of_type(kind: str, node: Mapping[str, Any]) -> bool:
     return node.get("type") == kind
+
+
+def _reads_json_differently(node: Mapping[str, Any]) -> bool:
+    # A `json-or-python` schema may take no JSON value where it reads Python.
+    return node.get("type") in ("bytes", "json-or-python")
 
 
 def _is_secret(node: Mapping[str, Any]) -> bool:

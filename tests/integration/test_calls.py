@@ -195,6 +195,19 @@ def test_many_calls_are_checked_first_and_sent_together(shop: Any, order: Any) -
     assert [result.get(timeout=WITHIN).currency for result in results] == ["EUR", "USD", "EUR"]
 
 
+def test_many_calls_are_the_messages_that_single_calls_are(idle_shop: Any, order: Any, broker: Any) -> None:
+    client, queue = redis.Redis.from_url(broker.client_url), "same"
+    idle_shop.charge.using(queue=queue).delay(order)
+    idle_shop.charge.enqueue_many([idle_shop.charge.using(queue=queue).s(order)] * 2)
+
+    single, *many = (json.loads(client.rpop(queue)) for _ in range(3))
+    for message in many:
+        assert set(message["properties"]) == set(single["properties"])
+        assert message["headers"].keys() == single["headers"].keys()
+        assert message["headers"]["argsrepr"] == single["headers"]["argsrepr"]
+        assert message["body"] == single["body"]
+
+
 def test_one_wrong_call_among_many_sends_none(idle_shop: Any, order: Any, broker: Any) -> None:
     calls = [idle_shop.charge.using(queue="lonely").s(order) for _ in range(3)]
     calls.append(calls[0].clone(kwargs={"currency": "GBP"}))

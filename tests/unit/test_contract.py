@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
+from pydantic_core import core_schema
 from typing_extensions import TypedDict
 
 from celerykit.annotations import UnresolvedAnnotation
@@ -301,6 +302,34 @@ class Holder:
 def test_bytes_travel_as_base64_wherever_they_are_unless_a_model_says_otherwise(value: Any) -> None:
     """This rests on `_use_prebuilt=False`, which pydantic-core 2.50 has and marks as its own."""
     assert round_trip(typed(type(value)), value) == ((value,), {})
+
+
+class Celsius:
+    """Read from a number in JSON, and from nothing but itself in Python."""
+
+    def __init__(self, degrees: float) -> None:
+        self.degrees = degrees
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Celsius) and other.degrees == self.degrees
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        return core_schema.json_or_python_schema(
+            json_schema=core_schema.no_info_after_validator_function(cls, core_schema.float_schema()),
+            python_schema=core_schema.is_instance_schema(cls),
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value.degrees),
+        )
+
+
+def test_a_type_that_python_reads_otherwise_passes_twice() -> None:
+    contract = typed(Celsius)
+    once = contract.dump((Celsius(3.5),), {})
+
+    assert contract.dump(*once) == once == ((3.5,), {})
+    assert round_trip(contract, Celsius(3.5)) == ((Celsius(3.5),), {})
 
 
 def test_nan_within_a_model_is_not_turned_into_nothing() -> None:
