@@ -8,6 +8,11 @@ Every error celerykit raises, in one tree.
     ├── EnqueueError        the broker did not take a message
     ├── ResultMismatch      a value is not of the task's return type
     ├── ResultNotStored     a result was asked for that nobody keeps
+    ├── TaskInterrupted     a task raised what would have ended its process
+    ├── Undeliverable       a message was started too often without coming to an end
+    ├── StoreUnavailable    the store of counts and marks did not answer
+    ├── LettersLocked       somebody else is walking through the dead letters
+    ├── LetterNotFound      there is no such dead letter
     └── InvalidSettings     settings that are wrong, unknown or misspelt
 
 The command line adds a few of its own: ``AppNotFound`` in `celerykit.check`, and those in `celerykit.dev`.
@@ -27,8 +32,13 @@ __all__ = [
     "InvalidOptions",
     "InvalidPayload",
     "InvalidSettings",
+    "LetterNotFound",
+    "LettersLocked",
     "ResultMismatch",
     "ResultNotStored",
+    "StoreUnavailable",
+    "TaskInterrupted",
+    "Undeliverable",
 ]
 
 #: One problem: where it is, its kind, and what is wrong. Never the value, which may be a secret.
@@ -116,3 +126,28 @@ class InvalidSettings(CelerykitError, ValueError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
+
+
+class TaskInterrupted(CelerykitError):
+    """
+    A task raised ``SystemExit``, ``KeyboardInterrupt`` or ``MemoryError``.
+
+    Left as they are, these end the process or thread that runs the task, or
+    the whole worker; so they become this, whose cause they are.
+    """
+
+
+class Undeliverable(CelerykitError):
+    """A message was started too often without coming to an end: it seems to kill its worker."""
+
+
+class StoreUnavailable(CelerykitError):
+    """The store of counts and marks did not answer."""
+
+
+class LettersLocked(CelerykitError):
+    """Somebody else is walking through the dead letters."""
+
+
+class LetterNotFound(CelerykitError, LookupError):
+    """There is no such dead letter."""

@@ -8,17 +8,67 @@ what cannot be read counts as absent.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-__all__ = ["HEADER", "VERSION", "Headers"]
+__all__ = ["HEADER", "VERSION", "Attempt", "Headers"]
 
 #: The one header of a message that is ours.
 HEADER = "celerykit"
 
 #: Raised when an older worker could misread the header, not when a fact is added.
 VERSION = 1
+
+#: The most our header may take of a message, in bytes: brokers put a bound on headers.
+_MAX_BYTES = 8 * 1024
+
+
+class Attempt(NamedTuple):
+    """
+    One row of the ledger: what came of one run of a message.
+
+    Attributes:
+        started:
+            When, in seconds since 1970.
+
+        waited:
+            Seconds in the queue before: since it was sent, or was due.
+
+        ran:
+            Seconds.
+
+        outcome:
+            ``retry``, ``snooze``, ``failed``, …
+
+        error:
+            The fingerprint of the error, or an empty text.
+
+        worker:
+            Where.
+    """
+
+    started: float
+    waited: float
+    ran: float
+    outcome: str
+    error: str
+    worker: str
+
+    @classmethod
+    def of(cls, row: Any) -> Self | None:
+        """Read a row; what is none counts as absent."""
+        try:
+            started, waited, ran, outcome, error, worker = row
+            return cls(float(started), float(waited), float(ran), str(outcome), str(error), str(worker))
+        except (TypeError, ValueError):
+            return None
+
+    def row(self) -> list[Any]:
+        """Write it shortly: it travels with every retry."""
+        return [round(self.started, 3), round(self.waited, 3), round(self.ran, 3), *self[3:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +80,38 @@ class Headers:
         contract:
             The fingerprint of the contract the sender checked the arguments
             against; ``None`` when nobody did.
+
+        attempt:
+            The run this message is for, from 1. Celery counts waits among its
+            ``retries``; this does not.
+
+        queue:
+            Where it was sent. RabbitMQ's delayed delivery hides that.
+
+        sent_at:
+            When the call was first sent, in seconds since 1970.
+
+        due_at:
+            When this attempt was to start at the earliest.
+
+        ledger:
+            What came of the attempts before this one, oldest first.
+
+        replay:
+            How often the call was brought back from among the dead letters.
+
+        replayed_by:
+            What tells two copies of one replay apart.
     """
 
     contract: str | None = None
+    attempt: int = 1
+    queue: str | None = None
+    sent_at: float | None = None
+    due_at: float | None = None
+    ledger: tuple[Attempt, ...] = ()
+    replay: int = 0
+    replayed_by: str | None = None
 
     @classmethod
     def of(cls, message_headers: Mapping[str, Any] | None) -> Self:
@@ -40,8 +119,17 @@ class Headers:
         ours = (message_headers or {}).get(HEADER)
         if not isinstance(ours, Mapping):
             return cls()
-        contract = ours.get("contract")
-        return cls(contract=contract if isinstance(contract, str) else None)
+        rows = ours.get("ledger")
+        return cls(
+            contract=_text(ours.get("contract")),
+            attempt=_count(ours.get("attempt"), least=1),
+            queue=_text(ours.get("queue")),
+            sent_at=_time(ours.get("sent_at")),
+            due_at=_time(ours.get("due_at")),
+            ledger=tuple(filter(None, map(Attempt.of, rows))) if isinstance(rows, list | tuple) else (),
+            replay=_count(ours.get("replay"), least=0),
+            replayed_by=_text(ours.get("replayed_by")),
+        )
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """
@@ -51,5 +139,43 @@ class Headers:
         sender put there stays.
         """
         before = (message_headers or {}).get(HEADER)
-        kept = before if isinstance(before, Mapping) else {}
-        return {**(message_headers or {}), HEADER: {**kept, "v": VERSION, "contract": self.contract}}
+        kept = {name: value for name, value in before.items() if name not in _FACTS} if _is_mapping(before) else {}
+        return {**(message_headers or {}), HEADER: {**kept, "v": VERSION, **self._facts()}}
+
+    def _facts(self) -> dict[str, Any]:
+        # Only what says something: most messages are first attempts.
+        facts: dict[str, Any] = {"contract": self.contract}
+        if self.attempt != 1:
+            facts["attempt"] = self.attempt
+        for name in ("queue", "sent_at", "due_at", "replay", "replayed_by"):
+            if value := getattr(self, name):
+                facts[name] = value
+        if self.ledger:
+            facts["ledger"] = _fitting([attempt.row() for attempt in self.ledger])
+        return facts
+
+
+_FACTS = {*Headers.__dataclass_fields__, "v"}
+
+
+def _fitting(rows: list[list[Any]]) -> list[list[Any]]:
+    """Leave out the oldest rows but the first, until the rest fits."""
+    while len(rows) > 1 and len(json.dumps(rows)) > _MAX_BYTES // 2:
+        del rows[1]
+    return rows
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _count(value: Any, *, least: int) -> int:
+    return value if isinstance(value, int) and value >= least else least
+
+
+def _time(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 __all__ = ["Kit"]
 
@@ -29,6 +29,9 @@ def _number_in(text: Any) -> Any:
 
 
 Duration = Annotated[timedelta, BeforeValidator(_number_in), Field(gt=timedelta(0))]
+
+#: One that may be 0, which turns something off.
+DurationOrNone = Annotated[timedelta, BeforeValidator(_number_in), Field(ge=timedelta(0))]
 
 
 class Kit(BaseModel):
@@ -56,4 +59,44 @@ class Kit(BaseModel):
     publish_deadline: Duration = Field(
         default=timedelta(seconds=5),
         description="How long sending one message may take in all. Seconds, or ISO 8601 such as `PT5S`.",
+    )
+
+    store_url: SecretStr | None = Field(
+        default=None,
+        description="Where counts and marks are kept: `redis://…`, or `memory://` for each process its own. "
+        "Without it: the broker or the result backend, whichever is Redis or Valkey; else `memory://`.",
+    )
+
+    dead_letter_queue: str = Field(
+        default="dead_letters",
+        min_length=1,
+        description="The queue that keeps what a worker could not finish.",
+    )
+
+    dead_letter_keep: Duration = Field(
+        default=timedelta(days=30),
+        description="How long a dead letter is kept. Seconds, or ISO 8601 such as `P30D`.",
+    )
+
+    dead_letter_max: int = Field(
+        default=200_000,
+        gt=0,
+        description="How many dead letters are kept; beyond that the oldest go, and the worker's log says which.",
+    )
+
+    max_deliveries: int = Field(
+        default=3,
+        gt=0,
+        description="How often a message may be started before it is buried as what kills its worker.",
+    )
+
+    unknown_task_grace: DurationOrNone = Field(
+        default=timedelta(minutes=10),
+        description="How long a message for a task that only a newer deploy may know is handed back before it is "
+        "buried. 0 buries at once.",
+    )
+
+    lease: Duration = Field(
+        default=timedelta(seconds=30),
+        description="How long a worker's messages stay its own after its last sign of life, on Redis and Valkey.",
     )
