@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 from celerykit.contract import Contract
 from celerykit.errors import InvalidPayload
 from celerykit.headers import Headers
 
-__all__ = ["Call", "Next", "Step", "compose", "validated"]
+__all__ = ["Call", "Later", "Next", "Outcome", "Step", "Stopped", "compose", "validated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,9 @@ class Call:
 
         args, kwargs:
             JSON values outside of `validated`, typed ones inside.
+
+        policies:
+            What the task was declared with: ``retry`` and ``on_crash``.
     """
 
     task: str
@@ -46,6 +49,57 @@ class Call:
     contract: Contract
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    policies: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Outcome(Exception):
+    """
+    How a call ends that gives neither a value nor an error.
+
+    Raised inwards, and for steps to let pass: a step that catches ``Exception`` raises these again.
+    """
+
+
+class Later(Outcome):
+    """
+    The call is to run again.
+
+    Attributes:
+        delay:
+            Seconds from now.
+
+        attempt:
+            Which attempt that will be; a snooze does not count as one.
+
+        kind:
+            ``retry`` after an error, ``snooze`` when the task asked for it.
+
+        error:
+            Why.
+    """
+
+    def __init__(
+        self, delay: float, *, attempt: int, kind: Literal["retry", "snooze"], error: BaseException | None = None
+    ) -> None:
+        super().__init__(delay, attempt, kind)
+        self.delay = delay
+        self.attempt = attempt
+        self.kind = kind
+        self.error = error
+
+
+class Stopped(Outcome):
+    """
+    The function ended the call by one of Celery's own exceptions: ``Retry``, ``Ignore`` or ``Reject``.
+
+    Attributes:
+        by:
+            Which.
+    """
+
+    def __init__(self, by: BaseException) -> None:
+        super().__init__(by)
+        self.by = by
 
 
 #: What a step calls to go on: the next step, or in the end the task's function.
