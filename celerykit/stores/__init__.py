@@ -1,0 +1,111 @@
+"""
+The store: counts and marks that outlive a process.
+
+It holds little, under short keys, each with a time to live. Clients are
+imported when a store of their kind is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from celerykit.errors import InvalidSettings
+from celerykit.settings import settle
+
+__all__ = ["Store", "default_url", "open_store"]
+
+_REDIS = frozenset({"redis", "rediss", "redis+socket"})
+
+
+class Store(Protocol):
+    """
+    Counts and marks. Every call is one round trip, and safe from any thread and after a fork.
+
+    Each raises `StoreUnavailable` when the store does not answer in time, or
+    refuses. Whether it did what was asked is then unknown.
+
+    Attributes:
+        is_shared:
+            Whether other processes see what this one writes.
+    """
+
+    is_shared: bool
+
+    def add(self, key: str, *, ttl: float) -> int:
+        """Add one to a count, and return it. It is forgotten *ttl* seconds after the last addition."""
+        ...
+
+    def subtract(self, key: str) -> None:
+        """Take one off a count, but never below 0; when it is forgotten stays as it was."""
+        ...
+
+    def mark(self, key: str, value: str, *, ttl: float) -> str | None:
+        """
+        Set *key* unless it is set.
+
+        Returns:
+            What was there; None when the mark is now ours.
+        """
+        ...
+
+    def get(self, key: str) -> str | None:
+        """Return a mark or a count, as text."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Forget *key*, if it is there."""
+        ...
+
+    def close(self) -> None:
+        """Let connections go. The next call opens them again."""
+        ...
+
+
+def open_store(url: str, *, timeout: float, prefix: str = "celerykit:", tls: Mapping[str, Any] | None = None) -> Store:
+    """
+    Return the store at *url*; nothing is connected yet.
+
+    Args:
+        url:
+            ``redis://``, ``rediss://``, ``redis+socket:///path?virtual_host=0``,
+            the same with ``valkey``, or ``memory://``.
+
+        timeout:
+            Seconds to connect in, and to wait for an answer.
+
+        prefix:
+            Before every key.
+
+        tls:
+            As in ``broker_use_ssl``, for certificates that the URL does not name.
+
+    Raises:
+        InvalidSettings: There is no such store. The message does not repeat the URL.
+    """
+    # Of several URLs, separated by semicolons, the first: a store that moves forgets what it knew.
+    url = settle(url.split(";")[0].strip(), has_tls_options=bool(tls))
+    scheme = _scheme(url)
+    if scheme == "memory":
+        from celerykit.stores.memory import MemoryStore
+
+        return MemoryStore()
+    if scheme in _REDIS:
+        from celerykit.stores.redis import RedisStore
+
+        return RedisStore(url, timeout=timeout, prefix=prefix, tls=tls or {})
+    if scheme == "sentinel":
+        raise InvalidSettings("CELERYKIT_STORE_URL: sentinel:// is not supported; give the address of a server.")
+    raise InvalidSettings(
+        "CELERYKIT_STORE_URL: a store is at redis://, rediss://, redis+socket:// (or the same with valkey), or memory://."
+    )
+
+
+def default_url(broker: str, backend: str | None) -> str:
+    """Pick the store's URL: the broker or the result backend, whichever is Redis or Valkey; else memory."""
+    urls = (url.split(";")[0].strip() for url in (broker, backend) if url)
+    return next((url for url in urls if _scheme(settle(url)) in _REDIS), "memory://")
+
+
+def _scheme(url: str) -> str:
+    return url.partition("://")[0].lower() if "://" in url else ""

@@ -1,0 +1,183 @@
+"""The store in memory, and what a store's URL says."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import pytest
+
+from celerykit.errors import InvalidSettings, StoreUnavailable
+from celerykit.stores import default_url, open_store
+from celerykit.stores.memory import MemoryStore
+from celerykit.stores.redis import RedisStore
+from tests import services
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> MemoryStore:
+    return MemoryStore(clock=clock)
+
+
+# Counts and marks
+
+
+def test_a_count_goes_up_and_down_but_never_below_nothing(store: MemoryStore) -> None:
+    assert [store.add("n", ttl=1), store.add("n", ttl=1)] == [1, 2]
+    for _ in range(3):
+        store.subtract("n")
+
+    assert store.get("n") is None
+    assert store.add("n", ttl=1) == 1
+
+
+def test_a_count_is_forgotten_after_its_last_addition(store: MemoryStore, clock: Clock) -> None:
+    store.add("n", ttl=10)
+    clock.now = 9
+    store.add("n", ttl=10)
+    clock.now = 18.9
+    store.subtract("n")
+    assert store.get("n") == "1"
+
+    clock.now = 19
+
+    assert store.get("n") is None
+    assert store.add("n", ttl=10) == 1
+
+
+def test_who_marks_first_has_it_until_it_is_forgotten_or_deleted(store: MemoryStore, clock: Clock) -> None:
+    assert store.mark("m", "a", ttl=5) is None
+    assert store.mark("m", "b", ttl=5) == "a"
+    clock.now = 5
+    assert store.mark("m", "c", ttl=5) is None
+    store.delete("m")
+    store.delete("m")
+    assert store.mark("m", "d", ttl=5) is None
+    assert store.get("m") == "d"
+
+
+def test_memory_holds_only_so_much(clock: Clock) -> None:
+    store = MemoryStore(clock=clock, most=100)
+    for number in range(1000):
+        store.mark(f"m{number}", "x", ttl=60)
+
+    kept = [number for number in range(1000) if store.get(f"m{number}")]
+
+    assert kept[-1] == 999
+    assert 50 <= len(kept) <= 100
+    assert kept == sorted(kept, reverse=False) == list(range(kept[0], 1000))
+
+
+def test_what_has_expired_makes_room_first(clock: Clock) -> None:
+    store = MemoryStore(clock=clock, most=100)
+    store.mark("old, still good", "x", ttl=1000)
+    for number in range(99):
+        store.mark(f"m{number}", "x", ttl=1)
+    clock.now = 2
+    for number in range(50):
+        store.mark(f"n{number}", "x", ttl=1000)
+
+    assert store.get("old, still good") == "x"
+
+
+def test_threads_lose_no_count() -> None:
+    store = MemoryStore()
+    threads = [threading.Thread(target=lambda: [store.add("n", ttl=60) for _ in range(500)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert store.get("n") == "4000"
+
+
+def test_a_forked_process_has_a_memory_of_its_own(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.add("n", ttl=60)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+
+    assert store.add("n", ttl=60) == 1
+
+
+# URLs
+
+
+@pytest.mark.parametrize(
+    ("broker", "backend", "picked"),
+    [
+        ("redis://a/1", "redis://b/2", "redis://a/1"),
+        ("valkey://a", None, "valkey://a"),
+        ("amqp://a", "rediss://b/2", "rediss://b/2"),
+        ("redis+socket:///s?virtual_host=3", None, "redis+socket:///s?virtual_host=3"),
+        ("redis://a;redis://b", None, "redis://a"),
+        ("amqp://a", "db+sqlite://", "memory://"),
+        ("sentinel://a", None, "memory://"),
+        ("memory://", None, "memory://"),
+    ],
+)
+def test_the_store_is_where_a_redis_is(broker: str, backend: str | None, picked: str) -> None:
+    assert default_url(broker, backend) == picked
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://", {"host": "localhost", "port": 6379, "db": 0}),
+        ("valkey://u:p%40w@h:7/5", {"host": "h", "port": 7, "db": 5, "username": "u", "password": "p@w"}),
+        ("redis+socket:///a/b%20c?virtual_host=2", {"unix_socket_path": "/a/b c", "db": 2}),
+        ("valkey+socket://:pw@/a", {"unix_socket_path": "/a", "db": 0, "password": "pw"}),
+        ("rediss://h", {"ssl": True, "ssl_cert_reqs": "required"}),
+        (
+            "valkeys://h?ssl_cert_reqs=CERT_NONE&ssl_ca_certs=%2Fca",
+            {"ssl": True, "ssl_cert_reqs": "none", "ssl_ca_certs": "/ca"},
+        ),
+        ("redis://h/0?socket_timeout=99", {"host": "h", "db": 0}),
+    ],
+)
+def test_urls_are_read_as_kombu_writes_them(url: str, said: dict[str, Any]) -> None:
+    store = open_store(url, timeout=1)
+
+    assert isinstance(store, RedisStore)
+    assert said.items() <= store._options.items()
+
+
+def test_certificates_may_come_from_the_brokers_settings() -> None:
+    store = open_store("rediss://h", timeout=1, tls={"ssl_ca_certs": "/ca"})
+
+    assert isinstance(store, RedisStore)
+    assert store._options["ssl_ca_certs"] == "/ca"
+    assert store._options["ssl_cert_reqs"] == "required"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sentinel://:hush@a:26379", "amqp://u:hush@h", "hush", "", "redis://:hush/hush@h:6379/0", "redis://:hush@h/hush"],
+)
+def test_a_url_that_is_no_stores_is_refused_without_being_repeated(url: str) -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        open_store(url, timeout=1)
+
+    assert "CELERYKIT_STORE_URL" in str(caught.value)
+    assert "hush" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+def test_a_store_that_refuses_says_where_it_should_be_and_no_password() -> None:
+    with services.refused() as port, pytest.raises(StoreUnavailable) as caught:
+        open_store(f"redis://user:hush@127.0.0.1:{port}/3", timeout=1).get("k")
+
+    assert f"127.0.0.1:{port}, database 3" in str(caught.value)
+    assert "hush" not in str(caught.value)
