@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from celerykit.call import Call, Later, Next, Outcome
-from celerykit.errors import InvalidOptions, InvalidPayload
+from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import Headers
 
 __all__ = [
@@ -268,7 +268,7 @@ class Retry:
 
     def remedy(self, error: BaseException) -> Remedy:
         """Give what follows on *error*."""
-        return next((self.on[kind] for kind in type(error).__mro__ if kind in self.on), Dead())
+        return next((self.on[kind] for kind in _kinds(error) if kind in self.on), Dead())
 
     def table(self) -> list[Row]:
         """Give the waits for each error that is tried again, as far as `attempts` and `within` go."""
@@ -305,6 +305,14 @@ class Retry:
             yield f"    attempt {row.attempt:<3} {wait} later, {spoken(row.cumulative)} in all"
         if next(rows, None):
             yield f"    … and so on, to attempt {self.attempts}"
+
+
+def _kinds(error: BaseException) -> tuple[type, ...]:
+    """List what *error* is, the most specific class first."""
+    if isinstance(error, TaskInterrupted) and error.__cause__ is not None:
+        # It is told apart by what the task raised; `sys.exit()` is not what is meant by on={Exception: …}.
+        return (TaskInterrupted, *type(error.__cause__).__mro__)
+    return type(error).__mro__
 
 
 @dataclass(frozen=True, slots=True)

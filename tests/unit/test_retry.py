@@ -17,7 +17,7 @@ import time_machine
 
 from celerykit.call import Call, Later, Stopped
 from celerykit.contract import Contract
-from celerykit.errors import InvalidOptions, InvalidPayload
+from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import Attempt, Headers
 from celerykit.retry import (
     DROPPED,
@@ -174,6 +174,20 @@ def test_with_two_parents_the_first_one_counts() -> None:
 def test_an_error_nobody_listed_is_dead() -> None:
     assert decided(Retry(OSError), KeyError()) == GiveUp("not retried")
     assert decided(None, OSError()) == GiveUp("not retried")
+
+
+def interrupted(by: BaseException) -> TaskInterrupted:
+    error = TaskInterrupted(f"shop.fetch raised {by!r}")
+    error.__cause__ = by
+    return error
+
+
+def test_an_interrupted_task_is_judged_by_what_it_raised() -> None:
+    policy = Retry({Exception: PLAIN, MemoryError: Drop()})
+
+    assert decided(policy, interrupted(MemoryError())) == GiveUp("dropped")
+    assert decided(policy, interrupted(SystemExit(1))) == GiveUp("not retried")
+    assert decided(Retry({TaskInterrupted: PLAIN}), interrupted(SystemExit(1))) == Again(1, 2)
 
 
 def test_attempts_are_used_up() -> None:
