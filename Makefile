@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest
 
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: help demo test lint format typecheck compat bench package all constraints clean
+.PHONY: help demo test faults lint format typecheck compat bench package all constraints clean
 
 help:  ## Say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ demo: $(VENV)/.run  ## See it work: an embedded Valkey, a stock worker, a small 
 
 test: $(VENV)/.test  ## Run the tests
 	$(PYTEST) -n auto tests/unit tests/integration tests/compat $(ARGS)
+
+faults: $(VENV)/.test  ## Kill workers and brokers, and look for what is lost
+	$(PYTEST) -n 2 tests/faults $(ARGS)
 
 lint: $(VENV)/.lint  ## Check style, and that imports point one way
 	$(BIN)/ruff check .

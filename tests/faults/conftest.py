@@ -78,6 +78,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if name == "fault" and getattr(report, "when", "") == "call"
     ]
     if rows:
-        table.keep(rows)
+        options = terminalreporter.config
+        is_whole = not options.option.keyword and all(Path(argument).is_dir() for argument in options.args)
+        table.keep(rows, is_whole=is_whole)
         terminalreporter.section("what became of the messages")
         terminalreporter.write_line(table.results(rows))

@@ -3,7 +3,7 @@ The table: what the rows of the last run came to.
 
     python -m tests.faults.table            write docs/faults.md
     python -m tests.faults.table --check    say whether it is still true
-    python -m tests.faults.table --readme   print the few rows for the README
+    python -m tests.faults.table --brief    print the same in a few lines, for the README
 """
 
 from __future__ import annotations
@@ -22,12 +22,24 @@ KEPT = ROOT / ".cache" / "faults.json"
 
 _BEGIN, _END = "<!-- rows: make faults -->\n", "<!-- end of rows -->\n"
 
+#: The rows that stand for the others in the README.
+BRIEF = (
+    "SIGKILL of a task's process, before its effect",
+    "Eight SIGKILLs of a worker under a load of 1,000 tasks",
+    "The broker is killed and comes back, under load",
+    "Hard time limit, then replayed",
+    "Poison: the task kills its process (segfault) each time, then replayed",
+    "Retries used up, then replayed",
+    "A task three times as long as the lease (prefork), others prefetched behind it",
+    "40 kinds of bad messages, each followed by a good one (prefork)",
+)
+
 Row = Mapping[str, Any]
 
 
-def keep(rows: Iterable[Row]) -> None:
-    """Keep *rows* in place of what an earlier run had for them."""
-    kept = {(row["row"], row["broker"]): row for row in (*_kept(), *rows)}
+def keep(rows: Iterable[Row], *, is_whole: bool) -> None:
+    """Keep *rows*: in place of all of an earlier run, or of the same rows of it."""
+    kept = {(row["row"], row["broker"]): row for row in (*([] if is_whole else _kept()), *rows)}
     KEPT.parent.mkdir(exist_ok=True)
     KEPT.write_text(json.dumps(list(kept.values()), indent=1))
 
@@ -74,10 +86,30 @@ def _line(name: str, rows: Sequence[Row]) -> str:
     return f"| {what} | {brokers} | {worst['lost']} | {worst['stuck']} | {repeated} | {dead} |"
 
 
+def brief(rows: Sequence[Row]) -> str:
+    """Give the sum of it, as the README has it."""
+    sent = sum(row["sent"] for row in rows)
+    named = len({row["row"] for row in rows})
+    lost, stuck = (sum(row[fact] for row in rows) for fact in ("lost", "stuck"))
+    lines = [
+        f"{named} kinds of faults, on Valkey and RabbitMQ; {sent} messages: **{lost} lost, {stuck} stuck**.",
+        "",
+        "| What happens | Lost | Stuck | Effects repeated | Kept dead |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["row"]):
+        if row["row"] in BRIEF and row["broker"] == "Valkey":
+            lines.append(_line(row["row"], [row]).replace("| Valkey ", "", 1))
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str]) -> int:
     if not KEPT.exists():
         print("There is no run to tell of: make faults", file=sys.stderr)
         return 2
+    if "--brief" in arguments:
+        print(brief(_kept()))
+        return 0
     rows = markdown(_kept())
     before, _, rest = PAGE.read_text().partition(_BEGIN)
     written, _, after = rest.partition(_END)
