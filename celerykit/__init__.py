@@ -18,10 +18,16 @@ if TYPE_CHECKING:
         InvalidOptions,
         InvalidPayload,
         InvalidSettings,
+        LetterNotFound,
+        LettersLocked,
         ResultMismatch,
         ResultNotStored,
+        StoreUnavailable,
+        TaskInterrupted,
+        Undeliverable,
     )
     from celerykit.result import Result
+    from celerykit.retry import Backoff, Dead, Drop, Retry, RetryAfter, Snooze
     from celerykit.task import Task
 
 __version__ = "0.1.0"
@@ -29,40 +35,62 @@ __version__ = "0.1.0"
 #: Where each public name lives. Imported when it is used: Celery imports our command line's plug-in on every
 #: `celery ...`, and should not have to import pydantic for it.
 _HOMES = {
+    "Backoff": "retry",
     "Call": "call",
     "CeleryKit": "app",
     "CelerykitError": "errors",
+    "Dead": "retry",
+    "Drop": "retry",
     "EnqueueError": "errors",
     "InvalidContract": "errors",
     "InvalidOptions": "errors",
     "InvalidPayload": "errors",
     "InvalidSettings": "errors",
+    "LetterNotFound": "errors",
+    "LettersLocked": "errors",
     "Next": "call",
     "Result": "result",
     "ResultMismatch": "errors",
     "ResultNotStored": "errors",
+    "Retry": "retry",
+    "RetryAfter": "retry",
     "Signature": "canvas",
+    "Snooze": "retry",
     "Step": "call",
+    "StoreUnavailable": "errors",
     "Task": "task",
+    "TaskInterrupted": "errors",
+    "Undeliverable": "errors",
     "shared_task": "app",
 }
 
 __all__ = [
+    "Backoff",
     "Call",
     "CeleryKit",
     "CelerykitError",
+    "Dead",
+    "Drop",
     "EnqueueError",
     "InvalidContract",
     "InvalidOptions",
     "InvalidPayload",
     "InvalidSettings",
+    "LetterNotFound",
+    "LettersLocked",
     "Next",
     "Result",
     "ResultMismatch",
     "ResultNotStored",
+    "Retry",
+    "RetryAfter",
     "Signature",
+    "Snooze",
     "Step",
+    "StoreUnavailable",
     "Task",
+    "TaskInterrupted",
+    "Undeliverable",
     "shared_task",
 ]
 

@@ -41,12 +41,15 @@ from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options, wait_within
 from celerykit.result import GroupResult, Result, ResultSet
+from celerykit.retry import Retry
 from celerykit.settings import load, settle
+from celerykit.stores import Store, default_url, open_store
 from celerykit.task import AsyncTask, Task
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from celerykit.letters import DeadLetters
     from celerykit.settings import Settings
 
 __all__ = ["CeleryKit", "Loader", "TaskOptions", "shared_task"]
@@ -54,8 +57,12 @@ __all__ = ["CeleryKit", "Loader", "TaskOptions", "shared_task"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+#: How long the store may take for an answer, in seconds: a worker's parent process asks it, too.
+_STORE_TIMEOUT = 2.0
+
 #: Threads that `Task.adelay` publishes on; as many as Celery's pool has connections to the broker.
 _PUBLISHERS = 10
+
 
 
 class TaskOptions(TypedDict, total=False):
@@ -64,6 +71,8 @@ class TaskOptions(TypedDict, total=False):
     name: str
     base: type[celery.Task[Any, Any]]
     strict: bool
+    retry: Retry | None
+    on_crash: Literal["rerun", "bury"]
     shared: bool
     lazy: bool
     filter: Callable[[Any], Any]
@@ -162,15 +171,27 @@ class CeleryKit(celery.Celery):
         steps:
             What else happens around each task: functions
             ``step(call_next, call)``, the first one outermost.
+
+        retry:
+            The policy of tasks that say nothing about retries themselves.
     """
 
     task_cls = cast("Any", Task)
     loader_cls = "celerykit.app:Loader"
 
-    def __init__(self, main: str | None = None, *args: Any, steps: Sequence[Step] = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        main: str | None = None,
+        *args: Any,
+        steps: Sequence[Step] = (),
+        retry: Retry | None = None,
+        **kwargs: Any,
+    ) -> None:
         # `steps` is Celery's name for what is added to a worker.
         self.call_steps = tuple(steps)
+        self.retry_policy = retry
         self._settings: Settings | None = None
+        self._store: Store | None = None
         self._publishers: dict[int, ThreadPoolExecutor] = {}
         super().__init__(main, *args, **kwargs)
         if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
@@ -178,7 +199,7 @@ class CeleryKit(celery.Celery):
             self.task_cls = "celerykit.contrib.django:DjangoTask"
 
     def __reduce_keys__(self) -> dict[str, Any]:
-        return {**super().__reduce_keys__(), "steps": self.call_steps}
+        return {**super().__reduce_keys__(), "steps": self.call_steps, "retry": self.retry_policy}
 
     # Settings
 
@@ -208,6 +229,30 @@ class CeleryKit(celery.Celery):
         stock._preconf.update({name: self._settings.celery[name] for name in code if name in self._settings.celery})
         return super().prepare_config(cast("Any", dict(self._settings.celery)))
 
+    # State
+
+    @cached_property
+    def dead_letters(self) -> DeadLetters:
+        """What no worker could finish: to find, repair and replay."""
+        from celerykit.letters import DeadLetters
+
+        return DeadLetters(self)
+
+    @property
+    def store(self) -> Store:
+        """Where counts and marks are kept: ``CELERYKIT_STORE_URL``, or the broker or result backend if it can."""
+        if self._store is None:
+            url, tls = self._store_url()
+            self._store = open_store(url, timeout=_STORE_TIMEOUT, tls=tls)
+        return self._store
+
+    def _store_url(self) -> tuple[str, Any]:
+        conf, told = self.conf, self.settings.kit.store_url
+        broker, backend = str(conf.broker_write_url or ""), str(conf.result_backend or "")
+        url = told.get_secret_value() if told else default_url(broker, backend)
+        tls = conf.redis_backend_use_ssl if url in backend and url not in broker else conf.broker_use_ssl
+        return url, tls if isinstance(tls, Mapping) else None
+
     # Tasks
 
     if TYPE_CHECKING:
@@ -218,8 +263,9 @@ class CeleryKit(celery.Celery):
             """
             Make a task of a function.
 
-            Takes Celery's options, and ``strict=True`` for arguments that must be
-            of their types without conversion.
+            Takes Celery's options; ``strict=True`` for arguments that must be of
+            their types without conversion; ``retry=Retry(...)`` for what follows
+            on which error; and ``on_crash="bury"`` for what must never start twice.
 
             Raises:
                 InvalidContract: The function's signature cannot be a contract.
@@ -359,6 +405,10 @@ def _declared(
     if name.startswith("celery."):
         return options
     _check_options(name, options)
+    if "retry" in options:
+        # As an attribute of the task, which Celery makes of every option, it would hide `Task.retry`.
+        options = {**options, "retry_policy": options["retry"]}
+        del options["retry"]
     base = options.get("base")
     if base is not None and not issubclass(base, Task):
         # A base class written for stock Celery keeps its say, in front of ours.
@@ -381,6 +431,7 @@ def _declared(
 
 
 def _check_options(task: str, options: Mapping[str, Any]) -> None:
+    _check_policies(task, options)
     known = {*TaskOptions.__annotations__, "bind"}
     base = options.get("base") or Task
     for option, value in options.items():
@@ -392,6 +443,20 @@ def _check_options(task: str, options: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(option, known, n=1, cutoff=0.8)
         if near and not hasattr(base, option):
             raise InvalidOptions(f"{task}: there is no option {option!r}; did you mean {near[0]!r}?")
+
+
+def _check_policies(task: str, options: Mapping[str, Any]) -> None:
+    retry, on_crash = options.get("retry"), options.get("on_crash", "rerun")
+    if not isinstance(retry, Retry | None):
+        given = type(retry).__name__
+        raise InvalidOptions(f"{task}: retry must be a Retry, such as Retry(ConnectionError); got {given}.")
+    rivals = [name for name in ("autoretry_for", "max_retries") if name in options]
+    if retry is not None and rivals:
+        raise InvalidOptions(f"{task}: retry takes the place of {' and '.join(rivals)}; leave one of them out.")
+    if on_crash not in ("rerun", "bury"):
+        raise InvalidOptions(f"{task}: on_crash must be 'rerun' or 'bury', got {on_crash!r}.")
+    if on_crash == "bury" and options.get("acks_late") is False:
+        raise InvalidOptions(f"{task}: on_crash='bury' needs late acks; leave acks_late=False out.")
 
 
 def _namespace_of_caller() -> Mapping[str, Any]:

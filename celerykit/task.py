@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import celery
+from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
+from celery.exceptions import Retry as StockRetry
+from celery.utils.saferepr import saferepr
+from celery.utils.time import maybe_iso8601
 
 from celerykit import bulk, loops
-from celerykit.call import Call, Next, Step, compose, validated
+from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
-from celerykit.errors import InvalidOptions, InvalidPayload
-from celerykit.headers import Headers
+from celerykit.dead_letters import error_fingerprint
+from celerykit.errors import InvalidOptions, InvalidPayload, StoreUnavailable, TaskInterrupted
+from celerykit.headers import HEADER, Attempt, Headers
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
+from celerykit.retry import Retry, retried
 from celerykit.using import SendOptions, Using
 
 if TYPE_CHECKING:
@@ -30,14 +39,21 @@ if TYPE_CHECKING:
 
     from celerykit.app import CeleryKit
 
-__all__ = ["STEPS", "AsyncTask", "Task"]
+__all__ = ["FINISHED", "HANDED_BACK", "STEPS", "AsyncTask", "Task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-#: Outermost first. A user's steps come before these: they may refuse a call that was not read yet.
-STEPS: tuple[Step, ...] = (validated,)
+#: Outermost first. A user's steps come before these: they may refuse a call that was not read yet. What is not valid
+#: is not retried, so it does not come as far as the retries.
+STEPS: tuple[Step, ...] = (validated, retried)
+
+#: Why a message goes back that a newer deploy may understand.
+HANDED_BACK = "celerykit: its contract is not this worker's"
+
+#: A pool's process is told to end by a `SystemExit` with such a code (billiard.common._shutdown_cleanup).
+_ENDED_BY_SIGNAL = range(-256, -191)
 
 #: Celery's tasks that call another task's function with items of their own message.
 _MAPPERS = ("celery.map", "celery.starmap")
@@ -45,8 +61,8 @@ _MAPPERS = ("celery.map", "celery.starmap")
 #: The options that Celery takes by position too, in its order.
 _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
-# Marks on the request of a running task; each run has a request of its own.
-_ENTERED, _FINISHED = "celerykit_entered", "celerykit_finished"
+# Marks on the request of a running task; each run has a request of its own. The first two hold when that was.
+_ENTERED, _RAN, FINISHED = "celerykit_entered", "celerykit_ran", "celerykit_finished"
 
 
 class _Sign(Protocol[P, R_co]):
@@ -68,11 +84,23 @@ class Task(celery.Task[P, R], Generic[P, R]):
         strict:
             Whether arguments must be of their types, without pydantic's
             conversions. Set with ``@app.task(strict=True)``.
+
+        retry_policy:
+            What follows on which error; ``None`` to fail at once. Set with
+            ``@app.task(retry=Retry(...))``.
+
+        on_crash:
+            What becomes of a message whose process died: ``rerun`` starts it
+            again, so its effects may be repeated; ``bury`` never starts
+            anything twice, and leaves it to a person.
     """
 
     abstract = True
     contract: Contract | None = None
     strict: bool = False
+    retry_policy: Retry | None = None
+    on_crash: Literal["rerun", "bury"] = "rerun"
+    Request = "celerykit.worker.request:Request"
 
     #: The function of an `async def` task, whose `run` waits for it.
     _coroutine_function: Callable[..., Any] | None = None
@@ -82,6 +110,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if isinstance(vars(cls).get("retry"), Retry):
+            raise InvalidOptions(f"{cls.__name__}: retry is a method of every task; call the policy retry_policy.")
         if "ignore_result" in vars(cls):
             cls._told_ignore_result = cls.ignore_result
         run = vars(cls).get("run")
@@ -101,16 +131,30 @@ class Task(celery.Task[P, R], Generic[P, R]):
             # A stock app: the task is as stock as its app.
             cls.contract = None
         elif cls.name and not cls.name.startswith("celery."):
-            cls._declare()
+            cls._declare(app)
         return super().bind(app)
 
     @classmethod
-    def _declare(cls) -> None:
+    def _was_told(cls, *options: str) -> bool:
+        """Tell whether the task, or a class of the user's that it inherits from, has one of these."""
+        own = cls.__mro__[: cls.__mro__.index(Task)]
+        return any(option in vars(one) for one in own for option in options)
+
+    @classmethod
+    def _declare(cls, app: Any) -> None:
         if "contract" not in vars(cls):  # a class it inherits from has its own
             run = inspect.getattr_static(cls, "run")
             is_bound = not isinstance(run, staticmethod)
             function = run if is_bound else run.__func__
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
+        if not cls._was_told("retry_policy", "max_retries", "autoretry_for"):
+            cls.retry_policy = app.retry_policy
+        if cls.retry_policy is not None:
+            # Attempts are counted in our header; Celery would count what was only put off, too.
+            cls.max_retries = None
+        if cls.on_crash == "bury":
+            cls.acks_late, cls.reject_on_worker_lost = True, False
+            cast("Any", cls).retry_on_worker_lost = False
         cls.ignore_result = cast("Any", cls._told_ignore_result)
         if cls._told_ignore_result is None and cast("Contract", cls.contract).returns_nothing:
             cls.ignore_result = True
@@ -155,11 +199,20 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """Check a call, and give what is to be sent: arguments as JSON values, and options with our header."""
         args, kwargs = self._checked(args, kwargs, options)
         options = dict(options)
-        options["headers"] = Headers(contract=self._contract.fingerprint).added_to(options.get("headers"))
+        options["headers"] = self._header(options).added_to(options.get("headers"))
         if options.get("chord") is not None:
             # Backends without a join of their own look for the members' results; without them a chord never ends.
             options["ignore_result"] = False
         return args, kwargs, options
+
+    def _header(self, options: Mapping[str, Any]) -> Headers:
+        headers, now = options.get("headers"), time.time()
+        contract = self._contract.fingerprint
+        if headers and HEADER in headers:  # a retry, which goes on from what was
+            header = Headers.of(headers)
+            return replace(header, contract=contract, sent_at=header.sent_at or now)
+        countdown = options.get("countdown")
+        return Headers(contract=contract, sent_at=now, due_at=now + countdown if countdown else None)
 
     def send_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
         """Send what `prepare` gave."""
@@ -306,7 +359,82 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if parent is None:
             # A worker's parent process sends for a task whose child is gone, and names it.
             return options.get("parent_id") is not None
-        return str(parent.name).startswith("celery.") or hasattr(parent.request, _FINISHED)
+        return str(parent.name).startswith("celery.") or hasattr(parent.request, FINISHED)
+
+    # Again
+
+    def retry(self, *args: Any, **options: Any) -> Any:
+        """
+        Send the running call again, as Celery's ``retry`` does.
+
+        It counts as an attempt of the task's policy, if there is one and no
+        ``max_retries`` is given. When it cannot be sent, the message goes back
+        to its queue; Celery would drop it.
+        """
+        request = self.request
+        stock_retry: Any = super().retry
+        if self.contract is None or request.called_directly:
+            return stock_retry(*args, **options)
+        policy, header = self.retry_policy, Headers.of(request.headers)
+        if "headers" not in options:
+            if policy is not None and options.get("max_retries") is None and header.attempt >= policy.attempts:
+                options["max_retries"] = request.retries
+            error = options.get("exc") or (args[2] if len(args) > 2 else None)
+            options["headers"] = self._headers_of_next(request, header, header.attempt + 1, "retry", error)
+        if header.queue is not None:
+            # A delayed message of RabbitMQ says where its delay ended, and not where it belongs.
+            options.setdefault("queue", header.queue)
+        try:
+            return stock_retry(*args, **self._described(request), **options)
+        except Reject as error:
+            raise _not_sent(cast("Any", error).reason) from error
+
+    def _send_again(self, later: Later, request: Any, header: Headers) -> NoReturn:
+        # The core of Celery's `retry`, whose count of retries is not ours: a snooze is none.
+        again = self.signature_from_request(
+            request,
+            countdown=later.delay,
+            retries=request.retries + 1,
+            headers=self._headers_of_next(request, header, later.attempt, later.kind, later.error),
+            queue=header.queue,
+            **self._described(request),
+        )
+        told: Any = StockRetry
+        if not request.is_eager:
+            try:
+                again.apply_async()
+            except Exception as error:
+                # Whatever it is, the message must not be lost.
+                raise _not_sent(error) from error
+        raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=again) from None
+
+    def _headers_of_next(
+        self, request: Any, header: Headers, attempt: int, outcome: str, error: BaseException | None
+    ) -> dict[str, Any]:
+        row = self._row(request, header, outcome, error)
+        # Where a broker marks a message as redelivered among its headers, a retry is a new one.
+        kept = {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
+        return replace(header, attempt=attempt, due_at=None, ledger=(*header.ledger, row)).added_to(kept)
+
+    def _row(self, request: Any, header: Headers, outcome: str, error: BaseException | None) -> Attempt:
+        started, now = getattr(request, _ENTERED), time.time()
+        return Attempt(
+            started=started,
+            waited=max(0.0, started - _ready_at(request, header, started)),
+            ran=now - started,
+            outcome=outcome,
+            error="" if error is None or outcome == "snooze" else _fingerprint(error),
+            worker=str(request.hostname or ""),
+        )
+
+    def _described(self, request: Any) -> dict[str, Any]:
+        # How the sender wrote the arguments for people: without secrets. Celery writes those of a retry anew.
+        written = {"argsrepr": request.args, "kwargsrepr": request.kwargs}
+        return {
+            name: shown
+            for name, value in written.items()
+            if (shown := getattr(request, name, None)) and shown != saferepr(value, self.app.amqp.argsrepr_maxsize)
+        }
 
     # In
 
@@ -322,11 +450,31 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return cast("R", self._called_as_function(args, kwargs))
         if self.contract is None:
             return self.run(*args, **kwargs)
-        setattr(request, _ENTERED, True)
+        setattr(request, _ENTERED, time.time())
+        call = self._call(request, args, kwargs)
         try:
-            return cast("R", self._pipeline(self._call(request, args, kwargs)))
+            return cast("R", self._pipeline(call))
+        except Stopped as stopped:
+            raise stopped.by from None
+        except Later as later:
+            self._send_again(later, request, call.headers)
+        except InvalidPayload:
+            if not hasattr(request, _RAN) and self._may_be_for_a_newer(call):
+                raise Reject(HANDED_BACK, requeue=True) from None
+            raise
         finally:
-            setattr(request, _FINISHED, True)
+            setattr(request, FINISHED, True)
+
+    def _may_be_for_a_newer(self, call: Call) -> bool:
+        """Tell whether a payload that does not fit may fit another deploy, which has had no time yet to take it."""
+        grace = self._kit.settings.kit.unknown_task_grace.total_seconds()
+        if not grace or call.headers.contract in (None, self._contract.fingerprint) or self.request.is_eager:
+            return False
+        try:
+            first = self._kit.store.mark(f"refused:{call.id}", str(time.time()), ttl=2 * grace)
+        except StoreUnavailable:
+            return False
+        return first is None or time.time() - float(first) < grace
 
     def _called_as_function(self, args: Any, kwargs: Any) -> Any:
         caller = self.app.current_task
@@ -338,14 +486,16 @@ class Task(celery.Task[P, R], Generic[P, R]):
         return self.contract.dump_result(super().__call__(*args, **kwargs))
 
     def _call(self, request: Any, args: Any, kwargs: Any) -> Call:
+        headers = Headers.of(request.headers)
         return Call(
             task=str(self.name),
             id=request.id,
-            attempt=(request.retries or 0) + 1,
-            headers=Headers.of(request.headers),
+            attempt=headers.attempt,
+            headers=headers,
             contract=self._contract,
             args=tuple(args),
             kwargs=kwargs,
+            policies={"retry": self.retry_policy, "on_crash": self.on_crash},
         )
 
     @cached_property
@@ -354,9 +504,17 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def _run(self, call: Call) -> Any:
         run: Callable[..., Any] = partial(self.run, *call.args, **call.kwargs)
-        if self._coroutine_function is not None and loops.is_running():
-            return loops.in_thread(partial(self._run_with, self.request, run))
-        return run()
+        setattr(self.request, _RAN, True)
+        try:
+            if self._coroutine_function is not None and loops.is_running():
+                return loops.in_thread(partial(self._run_with, self.request, run))
+            return run()
+        except (StockRetry, Ignore, Reject) as control:
+            raise Stopped(control) from None
+        except (SystemExit, KeyboardInterrupt, MemoryError) as interruption:
+            if _is_told_to_end(interruption):
+                raise
+            raise TaskInterrupted(f"{self.name} raised {interruption!r}") from interruption
 
     def _run_with(self, request: Any, run: Callable[[], Any]) -> Any:
         # Celery keeps the running request by thread.
@@ -373,6 +531,31 @@ class Task(celery.Task[P, R], Generic[P, R]):
     @property
     def _kit(self) -> CeleryKit:
         return cast("CeleryKit", self.app)
+
+
+def _not_sent(error: Any) -> Reject:
+    return Reject(f"the retry could not be sent: {error}", requeue=True)
+
+
+def _is_told_to_end(interruption: BaseException) -> bool:
+    """Tell whether it is the worker that ends, or this process of its pool, and not only the task."""
+    if isinstance(interruption, WorkerShutdown | WorkerTerminate):
+        return True
+    return isinstance(interruption, SystemExit) and interruption.code in _ENDED_BY_SIGNAL
+
+
+def _ready_at(request: Any, header: Headers, started: float) -> float:
+    """Tell since when the running attempt could have started."""
+    times = [header.sent_at or started, header.due_at or 0.0]
+    if header.ledger:
+        times.append(header.ledger[-1].started + header.ledger[-1].ran)
+    if request.eta:
+        times.append(cast("Any", maybe_iso8601(request.eta)).timestamp())
+    return max(times)
+
+
+def _fingerprint(error: BaseException) -> str:
+    return error_fingerprint(type(error).__name__, "".join(traceback.format_exception(error)))
 
 
 def _family(parent: Any) -> dict[str, Any]:

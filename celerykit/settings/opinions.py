@@ -30,11 +30,6 @@ def _acks_late(values: Mapping[str, Any], container: bool) -> bool:
     return bool(values.get("task_acks_late"))
 
 
-def _may_rerun(values: Mapping[str, Any], container: bool) -> bool:
-    # Who said no to one of the two ways of running again after a crash did not mean the other.
-    return _acks_late(values, container) and bool(values.get("task_reject_on_worker_lost"))
-
-
 def _in_container(values: Mapping[str, Any], container: bool) -> bool:
     return container
 
@@ -62,21 +57,19 @@ OPINIONS = (
         "task_acks_late",
         True,
         "A message is given back to the broker when the worker dies with it; acknowledged early, it is lost. "
-        "A broker with a visibility timeout (Redis, SQS) needs one longer than the longest task.",
+        "SQS needs a visibility timeout longer than the longest task; Redis and Valkey do not.",
     ),
     Opinion(
         "task_reject_on_worker_lost",
         True,
-        "Late acks alone still acknowledge a task whose process was killed, and it is lost. Only with late acks.",
+        "Late acks alone still acknowledge a task whose process was killed, and it is lost. Only with late acks; "
+        "`CELERYKIT_MAX_DELIVERIES` bounds it.",
         when=_acks_late,
     ),
     Opinion(
-        "task_retry_on_worker_lost",
-        True,
-        "Rejecting alone runs a task that kills its process again and again, for ever. Celery tries this "
-        "first: a retry that counts, so it ends at `max_retries`; rejecting is left for when the retry "
-        "cannot be sent. Only with the two above.",
-        when=_may_rerun,
+        "worker_consumer",
+        "celerykit.worker.consumer:Consumer",
+        "No message can stop it, and what a worker cannot finish is buried, not dropped.",
     ),
     Opinion(
         "worker_prefetch_multiplier",

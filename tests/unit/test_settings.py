@@ -610,11 +610,6 @@ def test_who_turns_late_acks_off_gets_no_second_run_after_a_crash() -> None:
     celery = read({"CELERY_TASK_ACKS_LATE": "false"}).celery
 
     assert "task_reject_on_worker_lost" not in celery
-    assert "task_retry_on_worker_lost" not in celery
-
-
-def test_who_refuses_one_way_of_running_again_is_not_given_the_other() -> None:
-    assert "task_retry_on_worker_lost" not in read(config={"task_reject_on_worker_lost": False}).celery
 
 
 def test_concurrency_is_counted_in_containers() -> None:

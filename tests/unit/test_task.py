@@ -30,6 +30,7 @@ from celerykit import (
 from celerykit.call import compose, validated
 from celerykit.contract import Contract
 from celerykit.headers import Headers
+from celerykit.retry import retried
 from celerykit.task import STEPS
 
 
@@ -38,7 +39,7 @@ class Order(BaseModel):
 
 
 def test_the_order_of_the_steps_is_one_tuple() -> None:
-    assert (validated,) == STEPS
+    assert (validated, retried) == STEPS
 
 
 def test_steps_nest_outermost_first() -> None:
@@ -148,9 +149,9 @@ def test_a_misspelt_option_is_refused(app: Any) -> None:
 
 
 def test_an_option_that_would_hide_a_method_is_refused(app: Any) -> None:
-    with pytest.raises(InvalidOptions, match=r"would hide the method Task\.retry"):
+    with pytest.raises(InvalidOptions, match=r"would hide the method Task\.map"):
 
-        @app.task(retry=3)
+        @app.task(map=3)
         def task() -> None: ...
 
 

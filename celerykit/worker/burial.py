@@ -1,0 +1,279 @@
+"""
+Writes dead letters, until they are written; only then may their messages be acknowledged.
+
+The first try is made at once, where the message ended. If it fails, a thread
+goes on trying, so that the worker's event loop does not wait for the broker.
+At shutdown what is still unwritten stays unacknowledged, and so goes back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from celery.canvas import maybe_signature
+
+from celerykit import letters
+from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, identify, letter_id
+from celerykit.errors import StoreUnavailable
+from celerykit.headers import Headers
+from celerykit.worker.ending import Ending, ending_of
+from celerykit.worker.starts import Starts, buried_key
+
+if TYPE_CHECKING:
+    from celerykit.app import CeleryKit
+
+__all__ = ["Undertaker"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds between tries to write a letter, growing from the first to the second.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
+
+#: Seconds that a message is held before it is given back. A newer deploy is waited for in longer steps than a broker.
+_PAUSE, _PAUSE_FOR_NEWER = 1.0, 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Grave:
+    """A letter, what is to be done when it is written, and the id of a message that is taken along."""
+
+    letter: Letter
+    then: Callable[[], None]
+    chord: Any = None
+
+
+class Undertaker:
+    """
+    Buries messages, and holds those that are to go back later.
+
+    Args:
+        call_after:
+            Runs a function after some seconds, on the worker's timer.
+    """
+
+    def __init__(
+        self,
+        app: CeleryKit,
+        *,
+        worker: str,
+        starts: Starts,
+        call_after: Callable[[float, Callable[[], None]], Any],
+    ) -> None:
+        self.starts = starts
+        self._app = app
+        self._worker = worker
+        self._call_after = call_after
+        self._waiting: dict[str, _Grave] = {}
+        self._lock = threading.Lock()
+        self._has_more = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def bury(self, request: Any, ending: Ending, *, then: Callable[[], None]) -> None:
+        """Write the letter of a request, then call *then*."""
+        self._bury(_Grave(self._letter(request.message, ending), then, chord=request.chord))
+
+    def bury_message(self, message: Any, ending: Ending, *, then: Callable[[], Any], chord: Any) -> None:
+        """Write the letter of a message that never became a request, then call *then*."""
+        self._bury(_Grave(self._letter(message, ending), then, chord=chord))
+
+    def bury_item(self, queue: str, item: bytes, error: BaseException) -> None:
+        """
+        Write the letter of what lay in a queue of Redis, and is not even a message.
+
+        Raises:
+            EnqueueError: It could not be written; it has to go back.
+        """
+        ending = ending_of(error, reason="malformed")
+        note = Note(
+            letter=identify(None, item),
+            reason=ending.reason,
+            died_at=time.time(),
+            error=ending.error,
+            message=ending.message,
+            queue=queue,
+            worker=self._worker,
+        )
+        kinds = {"content_type": "application/octet-stream", "content_encoding": "binary"}
+        letters.bury(self._app, Letter(note=note, body=item, headers={}, properties={}, **kinds))
+        self._tell(note)
+
+    def hand_back(self, reject: Callable[..., None], *, is_foreign: bool) -> None:
+        """Give a message back after a while."""
+        self._call_after(_PAUSE_FOR_NEWER if is_foreign else _PAUSE, lambda: reject(requeue=True))
+
+    def is_waiting(self, letter: str, *, then: Callable[[], None]) -> bool:
+        """
+        Tell whether this letter is still to be written.
+
+        If it is, its message was delivered again in the meantime, and *then*
+        takes the place of what was to be done with the old delivery.
+        """
+        with self._lock:
+            grave = self._waiting.get(letter)
+            if grave is not None:
+                self._waiting[letter] = _Grave(grave.letter, then, chord=grave.chord)
+        return grave is not None
+
+    # Writing
+
+    def _bury(self, grave: _Grave) -> None:
+        try:
+            self._write(grave)
+        except Exception as error:  # noqa: BLE001  (an edge: whatever it is, the message must not be lost)
+            log.error("dead_letter.not_written %s, will try again: %s", _named(grave.letter.note), error)
+            self._wait_with(grave)
+
+    def _write(self, grave: _Grave) -> None:
+        letters.bury(self._app, grave.letter)
+        self._note(grave.letter.note)
+        self._tell(grave.letter.note)
+        if grave.chord:
+            self._bury_body(grave)
+        grave.then()
+
+    def _note(self, note: Note) -> None:
+        try:
+            keep = self._app.settings.kit.dead_letter_keep.total_seconds()
+            self._app.store.mark(buried_key(note.letter), note.reason, ttl=keep)
+        except StoreUnavailable as error:
+            # Then a redelivery may write it a second time, under the same id.
+            log.warning("dead_letter.not_noted %s: %s", _named(note), error)
+
+    def _tell(self, note: Note) -> None:
+        log.error(
+            "dead_letter.buried %s reason=%s error=%s letter=%s", _named(note), note.reason, note.error, note.letter
+        )
+
+    def _wait_with(self, grave: _Grave) -> None:
+        with self._lock:
+            self._waiting[grave.letter.note.letter] = grave
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._go_on, name="celerykit-burial", daemon=True)
+                self._thread.start()
+        self._has_more.set()
+
+    def _go_on(self) -> None:
+        pause = _SHORTEST_PAUSE
+        while True:
+            self._has_more.clear()
+            time.sleep(pause)
+            pause = _SHORTEST_PAUSE if self._try_all() else min(2 * pause, _LONGEST_PAUSE)
+            if not self._waiting:
+                self._has_more.wait()
+
+    def _try_all(self) -> bool:
+        """Try each letter that waits, until one fails; tell whether none did."""
+        for name in list(self._waiting):
+            try:
+                self._write(self._waiting[name])
+            except Exception as error:  # noqa: BLE001  (as above)
+                log.warning("dead_letter.not_written id=%s, will try again: %s", name, error)
+                return False
+            with self._lock:
+                del self._waiting[name]
+        return True
+
+    # What is written
+
+    def _letter(self, message: Any, ending: Ending) -> Letter:
+        note = self._note_of(
+            message.headers or {}, message, ending, message.properties or {}, message.delivery_info or {}
+        )
+        return letters.letter_of(message, note)
+
+    def _note_of(self, headers: Any, message: Any, ending: Ending, properties: Any, delivery: Any) -> Note:
+        ours = Headers.of(headers)
+        return Note(
+            letter=identify(message.headers, message.body),
+            reason=ending.reason,
+            died_at=time.time(),
+            task=_text(headers.get("task")),
+            id=_text(headers.get("id")),
+            error=ending.error,
+            message=ending.message,
+            traceback=ending.traceback,
+            problems=[dict(problem) for problem in ending.problems],
+            fingerprint=error_fingerprint(ending.error or ending.reason, ending.traceback),
+            attempts=ours.attempt,
+            queue=ours.queue or self._queue_of(delivery),
+            exchange=_text(delivery.get("exchange")),
+            routing_key=_text(delivery.get("routing_key")),
+            sent_at=ours.sent_at,
+            worker=self._worker,
+            replay=ours.replay,
+            chord=_text(headers.get("group")),
+            priority=properties.get("priority") if isinstance(properties.get("priority"), int) else None,
+            expiration=_text(properties.get("expiration")),
+            ledger=ours.ledger,
+        )
+
+    def _queue_of(self, delivery: Any) -> str | None:
+        """Find the queue that a message came from whose sender did not say it."""
+        exchange, key = delivery.get("exchange"), delivery.get("routing_key")
+        queues = self._app.amqp.queues.consume_from.values()
+        bound = (queue.name for queue in queues if queue.exchange.name == exchange and queue.routing_key == key)
+        return next(bound, None) or _text(key)
+
+    # Chords
+
+    def _bury_body(self, grave: _Grave) -> None:
+        """
+        Keep the body of a chord that will never run, as one of its members is dead.
+
+        Sent as Celery would send it, but to the dead letters, and without the results it was to get.
+        """
+        body, note = cast("Any", maybe_signature)(grave.chord, app=self._app), grave.letter.note
+        name = letter_id(str(body.id), 1, 0, "chord")
+        if self._is_kept(name):
+            return
+        told = Note(
+            letter=name,
+            reason="chord_failed",
+            died_at=note.died_at,
+            task=body.task,
+            id=body.id,
+            error=note.error,
+            message=f"Its member {note.id} is dead ({note.reason}). It lacks the results of all members.",
+            fingerprint=note.fingerprint,
+            queue=self._queue_for(body),
+            worker=self._worker,
+            chord=note.chord,
+        )
+        try:
+            self._send_body(body, told)
+        except Exception as error:  # noqa: BLE001  (a signature may hold anything; the member's letter is what counts)
+            log.error("dead_letter.not_written %s reason=chord_failed: %s", _named(told), error)
+        else:
+            self._tell(told)
+
+    def _send_body(self, body: Any, note: Note) -> None:
+        body = body.clone()
+        for option in ("queue", "countdown", "eta", "expires", "priority"):
+            body.options.pop(option, None)
+        # With a parent, it is not refused for what it lacks.
+        where = {"exchange": "", "routing_key": self._app.settings.kit.dead_letter_queue, "parent_id": note.id}
+        body.apply_async(headers={HEADER: note.to_header()}, delivery_mode=2, **where)
+
+    def _queue_for(self, body: Any) -> str | None:
+        route = cast("Any", self._app.amqp).router.route(dict(body.options), body.task)
+        return getattr(route.get("queue"), "name", None)
+
+    def _is_kept(self, name: str) -> bool:
+        keep = self._app.settings.kit.dead_letter_keep.total_seconds()
+        try:
+            return self._app.store.mark(buried_key(name), "chord_failed", ttl=keep) is not None
+        except StoreUnavailable:
+            return False
+
+
+def _named(note: Note) -> str:
+    return f"task={note.task} id={note.id}"
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

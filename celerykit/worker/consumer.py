@@ -1,0 +1,203 @@
+"""
+Receives messages: what is no task's message is buried, and what would have ended the worker does not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from celery import signals
+from celery.app.task import Context
+from celery.exceptions import InvalidTaskError, NotRegistered
+from celery.utils.time import maybe_iso8601
+from celery.worker import consumer as stock
+from celery.worker import state
+from kombu.exceptions import ContentDisallowed, DecodeError
+
+from celerykit.dead_letters import Reason
+from celerykit.errors import StoreUnavailable, Undeliverable
+from celerykit.worker import shape
+from celerykit.worker.burial import Undertaker
+from celerykit.worker.ending import ending_of, info_of
+from celerykit.worker.starts import Starts, Verdict
+
+__all__ = ["Consumer"]
+
+log = logging.getLogger(__name__)
+
+#: What a message can raise, too, though Kombu counts some of it among the errors of a connection.
+_A_MESSAGES_OWN = (LookupError, ValueError, TypeError, AttributeError, InvalidTaskError)
+
+
+#: celery-types knows half of it.
+_Stock: Any = stock.Consumer
+
+
+class Consumer(_Stock):  # type: ignore[misc]
+    """A consumer that no message can stop."""
+
+    def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
+        app: Any = kwargs["app"]
+        self._hand_over = on_task_request
+        self.undertaker = Undertaker(
+            app,
+            worker=kwargs.get("hostname") or "",
+            starts=Starts(app.store, limit=app.settings.kit.max_deliveries),
+            call_after=self._call_after,
+        )
+        super().__init__(self._admit, *args, **kwargs)
+
+    # Letting start
+
+    def _admit(self, request: Any) -> None:
+        """Let a request start that may. Celery calls this when there is nothing left to wait for."""
+        try:
+            verdict = self.undertaker.starts.judge(request)
+            if verdict is Verdict.START:
+                self._hand_over(request)
+            else:
+                self._refuse(request, verdict)
+        except self._broken as error:
+            if not isinstance(error, _A_MESSAGES_OWN):
+                raise
+            request.kill(error)
+        except Exception as error:  # noqa: BLE001  (an edge: this may be called by a timer, which drops what raises)
+            request.kill(error)
+
+    def _refuse(self, request: Any, verdict: Verdict) -> None:
+        if verdict is Verdict.BURY:
+            request.kill(Undeliverable(f"it was started {request.starts - 1} times without coming to an end"))
+            return
+        state.task_ready(request)
+        if verdict is Verdict.ACKNOWLEDGE:
+            request.acknowledge()
+        else:
+            self.undertaker.hand_back(request.reject, is_foreign=False)
+
+    def _call_after(self, seconds: float, call: Callable[[], None]) -> None:
+        # While it is held, another message may come in its place.
+        self.qos.increment_eventually()
+
+        def then() -> None:
+            self.qos.decrement_eventually()
+            call()
+
+        self.timer.call_after(seconds, then)
+
+    # Receiving
+
+    def create_task_handler(self, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+        """Put a guard around what Celery does with a message."""
+        receive = super().create_task_handler(*args, **kwargs)
+
+        def on_message(message: Any) -> None:
+            message.undertaker = self.undertaker
+            try:
+                self._check(message)
+                receive(message)
+            except self._broken as error:
+                if not isinstance(error, _A_MESSAGES_OWN):
+                    raise
+                self.on_invalid_task(None, message, error)
+            except DecodeError as error:
+                self.on_decode_error(message, error)
+            except Exception as error:  # noqa: BLE001  (an edge: no message may end the worker)
+                self.on_invalid_task(None, message, error)
+
+        return on_message
+
+    @property
+    def _broken(self) -> tuple[type[BaseException], ...]:
+        return tuple(self.connection_errors)
+
+    def _check(self, message: Any) -> None:
+        shape.check_headers(message.headers)
+        try:
+            body = message.payload
+        except Exception as error:  # (decoders raise what they like)
+            raise DecodeError(f"its body cannot be read: {error!r}") from error
+        shape.check_body(body)
+        if eta := (message.headers.get("eta") or (isinstance(body, Mapping) and body.get("eta"))):
+            limit = self.app.settings.kit.max_eta
+            shape.check_eta(maybe_iso8601(eta), now=datetime.now(UTC), limit=limit)
+
+    def on_decode_error(self, message: Any, exc: BaseException) -> None:
+        """Bury a message whose body cannot be read."""
+        message.undertaker = self.undertaker
+        self._bury(message, "undecodable", exc)
+
+    def on_unknown_message(self, body: Any, message: Any) -> None:
+        """Bury a message that is no task's."""
+        self._bury(message, "malformed", shape.Malformed("it names no task"))
+        signals.task_rejected.send(sender=self, message=message, exc=None)
+
+    def on_invalid_task(self, body: Any, message: Any, exc: BaseException) -> None:
+        """Bury a message that is not what a task's message looks like."""
+        self._bury(message, "undecodable" if isinstance(exc, ContentDisallowed) else "malformed", exc)
+        signals.task_rejected.send(sender=self, message=message, exc=exc)
+
+    def on_unknown_task(self, body: Any, message: Any, exc: BaseException) -> None:
+        """Bury a message for a task that nobody here knows, once a newer deploy has had time to take it."""
+        headers = message.headers if "task" in message.headers else message.payload
+        name, task_id = headers["task"], headers["id"]
+        if self._may_be_for_a_newer(task_id):
+            log.warning("task.handed_back task=%s id=%s: it is not known here", name, task_id)
+            self.undertaker.hand_back(partial(message.reject_log_error, log, self._broken), is_foreign=True)
+            return
+        self._bury(message, "unknown_task", NotRegistered(name))
+        signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)
+
+    def _may_be_for_a_newer(self, task_id: str) -> bool:
+        app = self.app
+        grace = app.settings.kit.unknown_task_grace.total_seconds()
+        if not grace:
+            return False
+        try:
+            first = app.store.mark(f"refused:{task_id}", str(time.time()), ttl=2 * grace)
+        except StoreUnavailable:
+            return True
+        return first is None or time.time() - float(first) < grace
+
+    # Burying
+
+    def _bury(self, message: Any, reason: Reason, error: BaseException) -> None:
+        if message.acknowledged:
+            return
+        try:
+            embed = _embed_of(message)
+            ending = ending_of(error, reason=reason)
+            acknowledge = partial(self.call_soon_ack, message.ack_log_error, log, self._broken)
+            self.undertaker.bury_message(message, ending, then=acknowledge, chord=embed.get("chord"))
+        except Exception:  # (an edge: what can be read of such a message is anybody's guess)
+            # Neither acknowledged nor lost: it goes back when the worker ends.
+            log.exception("dead_letter.not_written reason=%s", reason)
+        else:
+            self._fail(message, embed, error)
+
+    def _fail(self, message: Any, embed: Mapping[str, Any], error: BaseException) -> None:
+        """Tell who waits for the result, if the message says who that is."""
+        headers = message.headers or {}
+        task_id = headers.get("id")
+        if not isinstance(task_id, str):
+            return
+        context = Context({**headers, **embed, "correlation_id": message.properties.get("correlation_id")})
+        try:
+            self.app.backend.mark_as_failure(task_id, error, info_of(error).traceback, request=context)
+            if dispatcher := self.event_dispatcher:
+                dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
+        except Exception as failure:  # noqa: BLE001  (an edge: a backend that is down, or headers that make no sense)
+            log.error("result.not_stored id=%s: %s", task_id, failure)
+
+
+def _embed_of(message: Any) -> Mapping[str, Any]:
+    """Give the options in a message's body, if they can be read."""
+    try:
+        embed = message.payload[2]
+    except Exception:  # noqa: BLE001  (decoders raise what they like)
+        return {}
+    return embed if isinstance(embed, Mapping) else {}

@@ -1,0 +1,174 @@
+"""
+One message on its way through the pool.
+
+Celery rebuilds this class for each task and replaces `execute_using_pool` and
+`on_success`; what is overridden here is left alone. The one rule: where a
+message is dead, it is buried before it is acknowledged, so `acknowledge` and
+`reject` are the gate, and everything before only says how the message ended.
+
+Of `Request`, `_announce_revoked`, `_success_was_stored`, `_worker_lost_info`
+and `_context` are Celery's own business; a test names the versions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Ignore, Reject, Retry
+from celery.worker import request as stock
+from celery.worker import state
+
+from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
+from celerykit.task import HANDED_BACK
+from celerykit.worker.ending import Ending, ending_of, error_in, info_of
+
+if TYPE_CHECKING:
+    from celerykit.worker.burial import Undertaker
+
+__all__ = ["Request"]
+
+
+#: celery-types knows half of it.
+_Stock: Any = stock.Request
+
+
+class Request(_Stock):  # type: ignore[misc]
+    """
+    A message that is never acknowledged before it ran or was buried.
+
+    Attributes:
+        starts:
+            How often the message was started, this time included, as far as is known.
+    """
+
+    starts = 1
+
+    _ending: Ending | None = None
+    _is_buried = False
+    _was_success_stored: Any = None
+
+    @property
+    def undertaker(self) -> Undertaker | None:
+        """Who buries it; ``None`` in a worker whose consumer is not ours."""
+        return getattr(self.message, "undertaker", None)
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> None:
+        """Find out how the message ended, and let Celery do what it does then."""
+        if self.undertaker is None:
+            super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+            return
+        self._end(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def _end(self, exc_info: Any, **how: bool) -> None:
+        exc_info = self._as_failure(exc_info)
+        error = cast("Any", error_in(exc_info))
+        if isinstance(error, TimeLimitExceeded) and self.time_start:
+            # Celery would tell of it twice: `on_timeout` comes right after this, and does.
+            self._ending = ending_of(error)
+            return
+        if isinstance(error, Reject) and cast("Any", error).requeue:
+            self._hand_back(error)
+            return
+        self._ending = self._ending_of(error, exc_info)
+        super().on_failure(exc_info, **how)
+        if not self.task.acks_late:
+            # Acknowledged when it started, so nothing above came to the gate.
+            self.acknowledge()
+
+    def on_timeout(self, soft: bool, timeout: float) -> None:
+        """Bury what overran its hard time limit."""
+        super().on_timeout(soft, timeout)
+        if not soft and self._ending is not None:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Acknowledge, once nothing of the message can be lost any more."""
+        if self._ending is not None and self.undertaker is not None and not self._is_buried:
+            self._is_buried = True
+            self.undertaker.bury(self, self._ending, then=super().acknowledge)
+        elif not self._is_buried:
+            super().acknowledge()
+
+    def reject(self, requeue: bool = False) -> None:
+        """Give the message back, or acknowledge what is buried: rejected, it would go to its queue's own exchange."""
+        if self._ending is not None and self.undertaker is not None:
+            self.acknowledge()
+        else:
+            super().reject(requeue=requeue)
+
+    def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
+        """Stop a run whose message goes back: that start does not count."""
+        if self.undertaker is not None and self.time_start:
+            self.undertaker.starts.forgive(self)
+        super().cancel(pool, signal, emit_retry=emit_retry)
+
+    def kill(self, error: BaseException) -> None:
+        """End a message that is not to start, as a failure."""
+        self.on_failure(info_of(error))
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        if expired and self.undertaker is not None:
+            self._ending = Ending("expired", message=f"It was to start before {self.expires}.")
+        super()._announce_revoked(reason, terminated, signum, expired)
+        if expired:
+            # Left there, it would keep a replay from starting.
+            cast("Any", state.revoked).discard(self.id)
+
+    def _success_was_stored(self) -> Any:
+        # Asked by us and then by Celery: one look at the result backend.
+        if self._was_success_stored is None:
+            self._was_success_stored = super()._success_was_stored()
+        return self._was_success_stored
+
+    def _as_failure(self, exc_info: Any) -> Any:
+        """Make a failure of what would end the parent process, or what ended the child."""
+        error = error_in(exc_info)
+        if isinstance(error, MemoryError):
+            return info_of(TaskInterrupted(f"the task ran out of memory: {error!r}"))
+        has_exited = isinstance(error, SystemExit | KeyboardInterrupt)
+        if has_exited and not (self._already_cancelled or self._already_revoked):
+            exc_info = self._worker_lost_info(error)
+            error = error_in(exc_info)
+        if isinstance(error, WorkerLostError) and self._is_poison():
+            # As another error, or Celery would give the message back once more.
+            return info_of(Undeliverable(f"it was started {self.starts} times, and its process died: {error}"))
+        return exc_info
+
+    def _is_poison(self) -> bool:
+        """Tell whether a message whose process just died is not to be tried again."""
+        return (
+            self._goes_back_after_a_crash()
+            and not self._success_was_stored()
+            and self.starts >= self.app.settings.kit.max_deliveries
+        )
+
+    def _goes_back_after_a_crash(self) -> bool:
+        return bool(self.task.acks_late and self.task.reject_on_worker_lost and not self.task.retry_on_worker_lost)
+
+    def _ending_of(self, error: BaseException, exc_info: Any) -> Ending | None:
+        """Say how the message ended; ``None`` when it is not dead."""
+        if isinstance(error, Retry | Ignore | Terminated | SystemExit | KeyboardInterrupt):
+            return None
+        if getattr(error, "celerykit_dropped", False):
+            return None
+        if isinstance(error, WorkerLostError) and self._lives_on(error):
+            return None
+        is_anothers = isinstance(error, InvalidPayload) and error.task != self.task.name
+        return ending_of(error, traceback=exc_info.traceback, reason="failed" if is_anothers else None)
+
+    def _lives_on(self, error: WorkerLostError) -> bool:
+        if self._success_was_stored() or self._goes_back_after_a_crash():
+            return True
+        return bool(self.task.retry_on_worker_lost) and not self._are_retries_used_up()
+
+    def _are_retries_used_up(self) -> bool:
+        most = self.task.max_retries
+        return most is not None and self._context.retries >= most
+
+    def _hand_back(self, error: Any) -> None:
+        """Give the message back, after a while: what made it come back may not be over."""
+        state.task_ready(self)
+        undertaker = cast("Undertaker", self.undertaker)
+        undertaker.starts.forgive(self)
+        undertaker.hand_back(super().reject, is_foreign=error.reason == HANDED_BACK)
