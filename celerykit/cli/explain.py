@@ -27,11 +27,11 @@ def explain(ctx: click.Context, *, what: str, named: str | None, in_json: bool) 
     Ends with 1 if a message is found nowhere.
     """
     app = found_app(ctx, named)
-    from celerykit.explain import Unexplained, as_json, facts_of, task_of, task_text
+    from celerykit.explain import Ambiguous, as_json, facts_of, task_of, task_text
 
     try:
         task = task_of(app, what)
-    except Unexplained as error:
+    except Ambiguous as error:
         raise click.UsageError(str(error)) from None
     if task is None:
         _explain_message(ctx, app, what, in_json=in_json)

@@ -1,0 +1,355 @@
+"""
+``celerykit explain``: what is known of a task, and of a message.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+from click.testing import CliRunner, Result
+from pydantic import BaseModel
+
+from celerykit.cli.explain import explain
+from celerykit.dead_letters import Letter, Note
+from celerykit.explain import Ambiguous, facts_of, life, life_of, life_text, near, task_of, task_text
+from celerykit.explain.queues import messages
+from celerykit.headers import HEADER, Attempt, Headers
+from celerykit.retry import Backoff, Drop, Retry
+
+SECRET = "hunter2"
+
+ID = "7d3c3b4e-0000-4000-8000-000000000001"
+
+
+class Order(BaseModel):
+    id: int
+    note: str = SECRET
+
+
+@pytest.fixture
+def shop(app: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An app with two tasks, and no dead letters."""
+    policy = Retry({ConnectionError: Backoff(base=1, cap=60), KeyError: Drop()}, attempts=3)
+
+    @app.task(name="shop.charge", retry=policy, on_crash="bury", soft_time_limit=90)
+    def charge(
+        order: Order, *, currency: Literal["EUR", "USD"] = "EUR", tags: list[str] | None = None, more=SECRET
+    ) -> Order:
+        return order
+
+    @app.task(name="shop.nap")
+    def nap(length: timedelta) -> None: ...
+
+    app.conf.task_routes = {"shop.charge": {"queue": "slow"}}
+    app.backend.forget(ID)  # all apps of a process share the memory of results
+    monkeypatch.setattr(type(app), "dead_letters", SimpleNamespace(find=lambda **_: iter(())), raising=False)
+    return app
+
+
+@pytest.fixture
+def run(shop: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    def invoke(*arguments: str, named: str | None = "shop", **how: Any) -> Result:
+        module = ModuleType("shop")
+        monkeypatch.setattr(module, "app", shop, raising=False)
+        monkeypatch.setitem(sys.modules, "shop", module)
+        return CliRunner().invoke(explain, [*arguments, *(("-A", named) if named else ())], **how)
+
+    return invoke
+
+
+# Tasks
+
+
+def test_a_task_is_explained(shop: Any) -> None:
+    charge = shop.tasks["shop.charge"]
+
+    assert task_text(facts_of(charge)).splitlines() == [
+        "shop.charge",
+        f"  contract    {charge.contract.fingerprint}",
+        "    order     Order",
+        '    currency  "EUR" | "USD", optional',
+        "    tags      array of string | null, optional",
+        "    more      anything, optional",
+        "    returns   Order",
+        "  queue       slow",
+        "  result      stored",
+        "  on crash    bury: what a dying process leaves becomes a dead letter, and is never started twice",
+        "  time limit  1 min 30 s (soft)",
+        "  retry       at most 3 attempts",
+        "              on ConnectionError: try again after 1 s, each wait 2 times the last, at most 1 min; "
+        "chance shortens a wait by up to 50%",
+        "                  attempt 2   0.5 s to 1 s later, 1 s in all",
+        "                  attempt 3   1 s to 2 s later, 3 s in all",
+        "              on KeyError: failed, without a dead letter",
+        "              on any other error: dead letter at once",
+    ]
+
+
+def test_a_task_without_a_policy_says_so(shop: Any) -> None:
+    text = task_text(facts_of(shop.tasks["shop.nap"]))
+
+    assert "length    string (duration)" in text
+    assert "result      only failures are stored" in text
+    assert "on crash    rerun: " in text
+    assert "retry       no policy; on any error: dead letter at once" in text
+
+
+def test_celerys_own_tasks_have_no_contract(shop: Any) -> None:
+    assert "contract    none: a task of Celery's own" in task_text(facts_of(shop.tasks["celery.chord"]))
+
+
+def test_the_facts_are_json(shop: Any) -> None:
+    facts = json.loads(json.dumps(facts_of(shop.tasks["shop.charge"])))
+
+    assert facts["required"] == ["order"]
+    assert facts["parameters"]["currency"]["enum"] == ["EUR", "USD"]
+    assert facts["retry"]["on"]["KeyError"] == {"does": "Drop"}
+    assert facts["retry"]["table"][0] == {
+        "error": "ConnectionError",
+        "attempt": 2,
+        "delay_min": 0.5,
+        "delay_max": 1.0,
+        "cumulative": 1.0,
+    }
+
+
+def test_the_last_part_of_a_name_is_enough(shop: Any) -> None:
+    assert task_of(shop, "charge") is task_of(shop, "shop.charge") is shop.tasks["shop.charge"]
+    assert task_of(shop, "chrage") is None
+    assert near(shop, "chrage") == near(shop, "shop.chrage") == "shop.charge"
+
+
+def test_unless_it_is_the_last_part_of_several(shop: Any) -> None:
+    @shop.task(name="billing.charge")
+    def charge() -> None: ...
+
+    shop.finalize()
+
+    with pytest.raises(Ambiguous, match=r"billing\.charge, shop\.charge"):
+        task_of(shop, "charge")
+
+
+# Messages
+
+
+class FakeClient:
+    """What a client of Redis or Valkey answers."""
+
+    def __init__(self, **lists: list[str]) -> None:
+        self.lists = lists
+        self.taken: dict[str, str] = {}
+
+    def scan_iter(self, pattern: str, *, count: int) -> Any:
+        assert pattern == "p:_kombu.binding.*"
+        return iter([b"p:_kombu.binding.celery", b"p:_kombu.binding.x"])
+
+    def smembers(self, key: str) -> set[bytes]:
+        # Kombu's client puts the prefix in front of this command's key, and of no other one used here.
+        if key == "_kombu.binding.x":
+            return {b"\x06\x16\x06\x16celery@h.celery.pidbox", b"celeryev\x06\x16\x06\x16celeryev.1"}
+        return {f"r\x06\x16\x06\x16{name}".encode() for name in self.lists if ":" not in name}
+
+    def lrange(self, key: str, start: int, stop: int) -> list[str]:
+        return self.lists.get(key.removeprefix("p:").replace("\x06\x16", ":"), [])[start : stop + 1]
+
+    def hscan_iter(self, key: str, *, count: int) -> Any:
+        assert key == "p:unacked"
+        return iter(self.taken.items())
+
+
+def channel(client: FakeClient) -> Any:
+    return SimpleNamespace(
+        client=client,
+        global_keyprefix="p:",
+        keyprefix_queue="_kombu.binding.%s",
+        sep="\x06\x16",
+        priority_steps=[0, 3],
+        unacked_key="unacked",
+    )
+
+
+def connection(client: FakeClient) -> Any:
+    transport = SimpleNamespace(driver_type="redis", driver_name="redis")
+    return SimpleNamespace(transport=transport, channel=lambda: channel(client))
+
+
+def message(task_id: str, **headers: Any) -> str:
+    return json.dumps({"body": SECRET, "headers": {"id": task_id, "task": "shop.charge", **headers}, "properties": {}})
+
+
+@pytest.fixture
+def broker(shop: Any, monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    """A Redis that the app is connected to."""
+    client = FakeClient(celery=[], dead_letters=[message(ID)])
+    monkeypatch.setattr(type(shop), "connection_for_write", lambda self: nullcontext(connection(client)))
+    return client
+
+
+def seen(app: Any) -> dict[str, str]:
+    return {sighting.place: sighting.says for sighting in life_of(app, ID).sightings if sighting.is_there}
+
+
+def test_all_messages_are_looked_at_whatever_their_priority() -> None:
+    client = FakeClient(
+        celery=[message(str(n)) for n in range(120)] + ["no JSON", "[]"], **{"celery:3": [message("p")]}
+    )
+
+    ids = [headers.get("id") for _, _, headers in messages(channel(client), skip="dead_letters")]
+
+    assert ids == [*map(str, range(120)), None, None, "p"]
+
+
+def test_a_waiting_message_is_found_in_its_queue(shop: Any, broker: FakeClient) -> None:
+    headers = Headers(sent_at=1.0, due_at=86400.0).added_to({})
+    broker.lists["slow"] = [message("other"), message(ID, **headers)]
+
+    assert seen(shop) == {"queue slow": "attempt 1 is waiting, due 1970-01-02 00:00:00 UTC"}
+
+
+def test_a_taken_message_is_found_with_its_worker(shop: Any, broker: FakeClient) -> None:
+    eta = "1970-01-02T02:00:00+02:00"
+    broker.taken = {"1": "[]", "2": "no JSON", "3": json.dumps([json.loads(message(ID, eta=eta)), "", "slow"])}
+
+    assert seen(shop) == {
+        "queue slow": "attempt 1 was taken by a worker, which runs it or keeps it for its time, "
+        "due 1970-01-02 00:00:00 UTC"
+    }
+
+
+def test_the_life_of_a_message_is_its_ledger_and_its_place(shop: Any, broker: FakeClient) -> None:
+    ledger = (
+        Attempt(10.0, 0.5, 2.0, "retry", "0123456789ab", "celery@a"),
+        Attempt(20.0, 0.0, 0.25, "snooze", "", "celery@b"),
+        Attempt(90.0, 60.0, 0.25, "retry", "0123456789ab", "celery@b"),
+    )
+    broker.lists["celery"] = [message(ID, **Headers(sent_at=9.5, attempt=3, ledger=ledger).added_to({}))]
+
+    assert life_text(life_of(shop, ID)).splitlines() == [
+        f"{ID}  shop.charge",
+        "  sent          1970-01-01 00:00:09 UTC",
+        "  attempt 1     1970-01-01 00:00:10 UTC: waited 0.5 s, ran 2 s, retry, error 0123456789ab, on celery@a",
+        "  attempt 2     1970-01-01 00:00:20 UTC: waited 0 s, ran 0.25 s, snooze, on celery@b",
+        "  attempt 2     1970-01-01 00:01:30 UTC: waited 1 min, ran 0.25 s, retry, error 0123456789ab, on celery@b",
+        "  queue celery  attempt 3 is waiting",
+        "  dead letters  not there",
+        "  result        nothing is stored: "
+        "it has not finished, its result is not kept, or there never was such a call",
+    ]
+
+
+def test_a_dead_letter_tells_why(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = (Attempt(10.0, 0.5, 2.0, "failed", "0123456789ab", "celery@a"),)
+    note = Note(
+        letter="L1",
+        reason="failed",
+        task="shop.charge",
+        id=ID,
+        error="OSError",
+        message=f"no redis://:{SECRET}@h",
+        died_at=86400.0,
+        ledger=ledger,
+    )
+    letters = SimpleNamespace(find=lambda **_: iter([Letter(note=note, body=b"", headers={})]))
+    monkeypatch.setattr(type(shop), "dead_letters", letters)
+    found = life_of(shop, ID)
+
+    assert found.ledger == ledger
+    assert seen(shop) == {"dead letters": "failed, OSError: no redis://:***@h; died 1970-01-02 00:00:00 UTC; letter L1"}
+
+
+def test_a_result_is_found_and_its_value_not_shown(shop: Any) -> None:
+    shop.backend.mark_as_done(ID, {"id": 1, "note": SECRET})
+
+    assert seen(shop)["result"].startswith("SUCCESS, 20")
+    assert SECRET not in life_text(life_of(shop, ID))
+
+
+def test_a_failure_names_its_error_without_secrets(shop: Any) -> None:
+    shop.backend.mark_as_failure(ID, OSError(f"no redis://:{SECRET}@h"))
+
+    assert seen(shop)["result"].startswith("FAILURE, OSError: no redis://:***@h")
+
+
+def test_a_broker_that_cannot_be_looked_into_says_so(shop: Any) -> None:
+    first = life_of(shop, ID).sightings[0]
+
+    assert first.is_there is None
+    assert "memory shows no message without taking it out of its queue" in first.says
+
+
+def test_a_place_that_fails_leaves_the_others(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: Any) -> Any:
+        raise ConnectionError(f"no redis://:{SECRET}@h")
+
+    monkeypatch.setattr(type(shop), "dead_letters", SimpleNamespace(find=fails))
+    shop.backend.mark_as_done(ID, 1)
+    found = life_of(shop, ID)
+
+    assert [sighting.is_there for sighting in found.sightings] == [None, None, True]
+    assert found.sightings[1].says == "cannot say: ConnectionError: no redis://:***@h"
+
+
+def test_a_backend_that_hangs_is_not_waited_for(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(life, "_PATIENCE", 0.05)
+    monkeypatch.setattr(life, "_in_backend", lambda *_: time.sleep(0.5) or iter(()))
+
+    assert life_of(shop, ID).sightings[-1].says == "cannot say: TimeoutError: no answer within 0.05 s"
+
+
+def test_headers_of_others_may_hold_anything(shop: Any, broker: FakeClient) -> None:
+    wild = {HEADER: {"sent_at": 1e300, "due_at": -1e300, "ledger": [[1e300, 0, 0, 1, 2, 3]]}, "eta": 7}
+    broker.lists["celery"] = [message(ID, **wild)]
+
+    assert "1e+300 s after 1970" in life_text(life_of(shop, ID))
+
+
+# The command
+
+
+def test_it_explains_a_task(run: Any) -> None:
+    assert run("charge").stdout.startswith("shop.charge\n")
+    assert json.loads(run("charge", "--json").stdout)["on_crash"] == "bury"
+
+
+def test_it_explains_a_message(run: Any, shop: Any) -> None:
+    shop.backend.mark_as_done(ID, 1)
+    told, facts = run(ID), json.loads(run(ID, "--json").stdout)
+
+    assert told.exit_code == 0
+    assert told.stdout.startswith(f"{ID}\n")
+    assert facts["seen"][-1]["place"] == "result"
+    assert facts["seen"][-1]["is_there"] is True
+
+
+def test_what_is_nowhere_ends_it_with_1(run: Any) -> None:
+    lost, misspelt = run(ID), run("chrage")
+
+    assert lost.exit_code == misspelt.exit_code == 1
+    assert lost.stderr == ""
+    assert "Did you mean shop.charge?" in misspelt.stderr
+
+
+@pytest.mark.parametrize(("named", "says"), [(None, "Which app?"), ("nowhere", "No module named 'nowhere'")])
+def test_without_an_app_it_ends_with_2(run: Any, named: str | None, says: str) -> None:
+    result = run("charge", named=named, env={"CELERY_APP": ""})
+
+    assert result.exit_code == 2
+    assert says in result.stderr
+
+
+def test_under_celerys_command_line_the_app_is_celerys(run: Any, shop: Any) -> None:
+    assert run("charge", named=None, obj=SimpleNamespace(app=shop)).exit_code == 0
+
+
+def test_its_help_imports_nothing_to_explain_with() -> None:
+    code = "import sys, celerykit.cli.explain; sys.exit('celerykit.explain' in sys.modules or 'celery' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
