@@ -1,8 +1,4 @@
-"""
-Checks that a person or a deployment asks for: ``celerykit check``.
-
-For now one: what are the settings, and where does each come from?
-"""
+"""What the settings are, and where each comes from."""
 
 from __future__ import annotations
 
@@ -12,17 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from celerykit.errors import CelerykitError, InvalidSettings
-from celerykit.settings import FROM_KIT, OPINIONS, Kit, Settings, mask_text, shown, variable
+from celerykit.settings import FROM_KIT, OPINIONS, Kit, Settings, shown, variable
 
-__all__ = ["AppNotFound", "Row", "as_json", "as_text", "rows", "settings_of"]
+__all__ = ["Row", "as_json", "as_text", "rows"]
 
 #: Wider values are cut in a terminal; JSON has them whole.
 _WIDTH = 60
-
-
-class AppNotFound(CelerykitError):
-    """There is no app of ours where ``-A`` points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,52 +34,6 @@ class Row:
     value: Any
     source: str
     reason: str = ""
-
-
-def settings_of(app: Any) -> Settings:
-    """
-    Return the settings of an app.
-
-    Args:
-        app:
-            The app, or what ``-A`` says: it is found as Celery finds it. With
-            None, the settings an app without code would have here.
-
-    Raises:
-        AppNotFound: There is none, or it cannot be imported.
-
-        InvalidSettings: Something is wrong with them.
-    """
-    if app is None:
-        from celerykit.app import CeleryKit
-
-        return CeleryKit("celerykit", set_as_current=False).settings
-    found = _find(app) if isinstance(app, str) else app
-    settings = getattr(found, "settings", None)
-    if not isinstance(settings, Settings):
-        raise AppNotFound(f"-A {app}: it is a {type(found).__name__}, and not a celerykit.CeleryKit.")
-    return settings
-
-
-def _find(app: str) -> Any:
-    from celery.app.utils import find_app
-
-    try:
-        return find_app(app)
-    except InvalidSettings:
-        raise
-    except Exception as error:  # noqa: BLE001  (an edge: importing somebody's module can raise anything)
-        remedy = "Name a module with an app in it, as for `celery -A`, such as shop or shop.tasks:app."
-        raise AppNotFound(f"-A {app}: {_why_not_found(app, error)}. {remedy}") from None
-
-
-def _why_not_found(app: str, error: Exception) -> str:
-    if isinstance(error, ModuleNotFoundError) and error.name == app and ":" in app:
-        # Celery looks for a module of that name when the one before the colon has no such attribute.
-        module, _, attribute = app.partition(":")
-        return f"{module} has no {attribute!r}"
-    # What others raise may quote a URL.
-    return mask_text(f"{type(error).__name__}: {error}").strip().removesuffix(".")
 
 
 def rows(settings: Settings, *, everything: bool = False) -> list[Row]:

@@ -1,0 +1,130 @@
+"""Rules about a RabbitMQ that was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from celerykit.check.facts import Facts
+from celerykit.check.findings import Finding, named
+from celerykit.check.live import Answers
+from celerykit.check.live.rabbitmq import RabbitMQAnswers
+
+__all__ = ["RULES"]
+
+#: For quorum queues whose messages have a time to live, which countdowns are made of.
+_OLDEST = (3, 10)
+
+
+def old(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find a broker that is too old."""
+    if broker.is_rabbitmq and broker.version and broker.version < _OLDEST:
+        yield Finding(
+            "rabbitmq-old",
+            "error",
+            f"The broker is RabbitMQ {'.'.join(map(str, broker.version))}, whose quorum queues cannot hold countdowns.",
+            f"Upgrade it to {'.'.join(map(str, _OLDEST))} or newer.",
+        )
+
+
+def differing(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find queues that a worker could not declare."""
+    for queue in broker.queues:
+        if queue.differs:
+            yield Finding(
+                "queue-differs",
+                "error",
+                f"{queue.name} is not at the broker as the app declares it, and no worker can start: {queue.differs}.",
+                "Let it run empty and delete it, or declare it in task_queues as it is.",
+                (queue.name,),
+            )
+
+
+def work_rights(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find queues that the user may not work with."""
+    for queue in broker.queues:
+        if queue.missing_rights:
+            yield Finding(
+                "queue-no-rights",
+                "error",
+                f"The broker's user has no right to {_rights(queue.missing_rights)} the queue {queue.name}.",
+                "Give it the right with rabbitmqctl set_permissions.",
+                (queue.name,),
+            )
+
+
+def letter_rights(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find dead letters that could not be written, or not be read again."""
+    rights, queue = broker.letters.missing_rights, broker.letters.name
+    if rights:
+        yield Finding(
+            "dead-letters-no-rights",
+            "error",
+            f"The broker's user has no right to {_rights(rights)} the queue {queue}: what dies could not be "
+            f"{'kept' if 'configure' in rights else 'listed or replayed'}.",
+            f"Give it configure, write and read on {queue} with rabbitmqctl set_permissions.",
+            (queue,),
+        )
+    if not broker.may_publish_letters:
+        yield Finding(
+            "dead-letters-no-write",
+            "error",
+            f"The broker's user has no right to publish to the default exchange, by which dead letters go to {queue}.",
+            "Give it write on amq.default with rabbitmqctl set_permissions.",
+            (queue,),
+        )
+
+
+def _rights(missing: tuple[str, ...]) -> str:
+    words = {"configure": "declare", "read": "consume from"}
+    return " or ".join(words[right] for right in missing)
+
+
+def delays(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find countdowns that would get lost on their way."""
+    if broker.missing_delays:
+        yield Finding(
+            "delays-missing",
+            "warning",
+            f"Native delayed delivery is not set up ({named(broker.missing_delays)}): a call with a countdown is "
+            "refused or lost.",
+            "Start a worker, which sets it up; its user needs configure, write and read on celery_delayed.*.",
+            broker.missing_delays,
+        )
+    if broker.delays is False:
+        yield Finding(
+            "delays-broken",
+            "error",
+            "A message did not come through the exchanges of native delayed delivery: a binding is missing.",
+            "Restart a worker, which binds them again, and look at its log.",
+        )
+
+
+def unknown(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Say what AMQP cannot tell."""
+    bindings = ", and whether each queue is bound to celery_delayed_delivery" if facts.delays_natively else ""
+    yield Finding(
+        "rabbitmq-untold",
+        "info",
+        f"AMQP does not tell RabbitMQ's consumer_timeout (30 min unless set){bindings}.",
+        "Look there yourself: rabbitmqctl environment, rabbitmqctl list_bindings.",
+    )
+
+
+_OF_BROKER: tuple[Callable[[Facts, RabbitMQAnswers], Iterator[Finding]], ...] = (
+    old,
+    differing,
+    work_rights,
+    letter_rights,
+    delays,
+    unknown,
+)
+
+
+def the_broker(facts: Facts, answers: Answers) -> Iterator[Finding]:
+    """Judge the broker, if it was asked."""
+    if answers.rabbitmq is not None:
+        for rule in _OF_BROKER:
+            yield from rule(facts, answers.rabbitmq)
+
+
+RULES: tuple[Callable[[Facts, Answers], Iterator[Finding]], ...] = (the_broker,)

@@ -1,0 +1,152 @@
+"""Rules about a Redis or Valkey that was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from celerykit.check.facts import Facts
+from celerykit.check.findings import Finding
+from celerykit.check.live import Answers
+from celerykit.check.live.redis import RedisAnswers
+
+__all__ = ["RULES"]
+
+#: For LMOVE and its kin, by which a message is taken without being lost in between.
+_OLDEST = (6, 2)
+
+#: The part of its memory from which on a server is nearly full.
+_FULL = 0.9
+
+
+def _name(server: RedisAnswers) -> str:
+    return f"The broker ({server.name})" if server.role == "broker" else f"The result backend's {server.name}"
+
+
+def forgets(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a broker that forgets its messages when it stops."""
+    if server.role != "broker":
+        return
+    if server.keeps is False:
+        yield Finding(
+            "redis-no-aof",
+            "error",
+            f"{_name(server)} writes no append-only file: when it stops, every task and dead letter in it is lost.",
+            "Set appendonly yes in its configuration (a managed one has it among its parameters).",
+        )
+    if server.keeps and server.fsync == "no":
+        yield Finding(
+            "redis-fsync-off",
+            "warning",
+            f"{_name(server)} has appendfsync no: when its machine stops, up to half a minute of tasks is lost.",
+            "Set appendfsync everysec, or always.",
+        )
+    if server.keeps and server.fsync == "everysec":
+        yield Finding(
+            "redis-fsync-everysec",
+            "info",
+            f"{_name(server)} has appendfsync everysec: when its machine stops, about a second of tasks is lost.",
+            "Set appendfsync always, where that is too much; each publish then waits for the disk.",
+        )
+    if server.keeps and server.is_failing:
+        yield Finding(
+            "redis-aof-failing",
+            "error",
+            f"{_name(server)} could not write its append-only file the last time it tried.",
+            "Look at its log and at its disk.",
+        )
+
+
+def evicts(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a server that makes room by throwing things away."""
+    if server.policy in (None, "noeviction") or server.role != "broker":
+        return
+    is_sure = bool(server.limit) and str(server.policy).startswith("allkeys")
+    what = "whole queues" if str(server.policy).startswith("allkeys") else "results, counts and marks"
+    when = "when its memory is full" if server.limit else "if a limit for its memory is ever set"
+    yield Finding(
+        "redis-evicts",
+        "error" if is_sure else "warning",
+        f"{_name(server)} has maxmemory-policy {server.policy}: {when} it throws away {what} without a word.",
+        "Set maxmemory-policy noeviction, and keep caches in another server.",
+    )
+
+
+def full(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a server that will soon take nothing more."""
+    if server.limit and server.used and server.used > _FULL * server.limit:
+        yield Finding(
+            "redis-nearly-full",
+            "warning",
+            f"{_name(server)} uses {server.used / server.limit:.0%} of the memory it may have.",
+            "Raise maxmemory, let results expire sooner, or look at what fills it.",
+        )
+
+
+def replica(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a server that takes no writes."""
+    if server.is_replica:
+        yield Finding(
+            "redis-replica",
+            "error",
+            f"{_name(server)} is a replica: it takes no writes, or loses them.",
+            "Point the URL to the primary, or use sentinel://.",
+        )
+
+
+def old(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a server that is too old."""
+    if server.name == "Redis" and server.version is not None and server.version < _OLDEST:
+        version = ".".join(map(str, server.version))
+        yield Finding(
+            "redis-old",
+            "error",
+            f"{_name(server)} is Redis {version}, and celerykit needs {'.'.join(map(str, _OLDEST))}.",
+            "Upgrade it, or use Valkey.",
+        )
+
+
+def clock(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a clock that is not the broker's."""
+    lease = facts.kit.lease.total_seconds()
+    if server.role != "broker" or server.ahead is None or abs(server.ahead) < lease / 4:
+        return
+    word = "behind" if server.ahead > 0 else "ahead of"
+    yield Finding(
+        "clock-differs",
+        "error" if abs(server.ahead) >= lease else "warning",
+        f"This machine's clock is {abs(server.ahead):.1f} s {word} the broker's, and leases last {lease:g} s: of "
+        "workers whose clocks differ, one takes the other's messages.",
+        "Let NTP or chrony keep the clocks of all workers.",
+    )
+
+
+def untold(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Say what remains unknown."""
+    if server.untold:
+        yield Finding(
+            "redis-untold",
+            "info",
+            f"{_name(server)} does not tell this user: {', '.join(server.untold)}.",
+            "Look there yourself: appendonly yes, appendfsync everysec or always, maxmemory-policy noeviction.",
+        )
+
+
+_OF_ONE: tuple[Callable[[Facts, RedisAnswers], Iterator[Finding]], ...] = (
+    forgets,
+    evicts,
+    full,
+    replica,
+    old,
+    clock,
+    untold,
+)
+
+
+def each_server(facts: Facts, answers: Answers) -> Iterator[Finding]:
+    """Judge each server that was asked."""
+    for server in answers.redis:
+        for rule in _OF_ONE:
+            yield from rule(facts, server)
+
+
+RULES: tuple[Callable[[Facts, Answers], Iterator[Finding]], ...] = (each_server,)
