@@ -22,7 +22,7 @@ from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, iden
 from celerykit.errors import StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.worker.ending import Ending, ending_of
-from celerykit.worker.starts import Starts, buried_key
+from celerykit.worker.starts import Starts, buried_key, letter_of
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
@@ -106,17 +106,18 @@ class Undertaker:
         """Give a message back after a while."""
         self._call_after(_PAUSE_FOR_NEWER if is_foreign else _PAUSE, lambda: reject(requeue=True))
 
-    def is_waiting(self, letter: str, *, then: Callable[[], None]) -> bool:
+    def is_waiting(self, request: Any) -> bool:
         """
-        Tell whether this letter is still to be written.
+        Tell whether the letter of this message is still to be written.
 
-        If it is, its message was delivered again in the meantime, and *then*
-        takes the place of what was to be done with the old delivery.
+        If it is, the message was delivered again in the meantime, and this
+        delivery is what will be acknowledged.
         """
+        name = letter_of(request)
         with self._lock:
-            grave = self._waiting.get(letter)
+            grave = self._waiting.get(name)
             if grave is not None:
-                self._waiting[letter] = _Grave(grave.letter, then, chord=grave.chord)
+                self._waiting[name] = _Grave(grave.letter, request.acknowledge, chord=grave.chord)
         return grave is not None
 
     # Writing

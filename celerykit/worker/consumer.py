@@ -57,7 +57,7 @@ class Consumer(_Stock):  # type: ignore[misc]
     def _admit(self, request: Any) -> None:
         """Let a request start that may. Celery calls this when there is nothing left to wait for."""
         try:
-            verdict = self.undertaker.starts.judge(request)
+            verdict = self._judge(request)
             if verdict is Verdict.START:
                 self._hand_over(request)
             else:
@@ -69,9 +69,32 @@ class Consumer(_Stock):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  (an edge: this may be called by a timer, which drops what raises)
             request.kill(error)
 
+    def _judge(self, request: Any) -> Verdict:
+        if not request.delivery_info.get("redelivered"):
+            return self.undertaker.starts.judge(request)
+        # A broker that went away gives again what this worker still runs, or has just run.
+        if self._is_taken_over(request):
+            return Verdict.TAKEN_OVER
+        if request.id in state.successful_requests:
+            return Verdict.ACKNOWLEDGE
+        if self.undertaker.is_waiting(request):
+            return Verdict.TAKEN_OVER
+        return self.undertaker.starts.judge(request)
+
+    def _is_taken_over(self, request: Any) -> bool:
+        """Tell whether this very message is being run; that run will then answer for this delivery."""
+        running = (one for one in tuple(state.active_requests) if one is not request and one.is_same(request))
+        for one in running:
+            one.take_over(request)
+            return True
+        return False
+
     def _refuse(self, request: Any, verdict: Verdict) -> None:
         if verdict is Verdict.BURY:
             request.kill(Undeliverable(f"it was started {request.starts - 1} times without coming to an end"))
+            return
+        if verdict is Verdict.TAKEN_OVER:
+            state.reserved_requests.discard(request)
             return
         state.task_ready(request)
         if verdict is Verdict.ACKNOWLEDGE:

@@ -54,7 +54,7 @@ def error_in(info: Any) -> BaseException:
 def info_of(error: BaseException) -> Any:
     """Wrap an exception that was never raised as the pool would."""
     try:
-        raise error
+        raise error from None
     except type(error):
         return ExceptionInfo()
 

@@ -22,6 +22,7 @@ from celery.worker import state
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
 from celerykit.task import HANDED_BACK
 from celerykit.worker.ending import Ending, ending_of, error_in, info_of
+from celerykit.worker.starts import letter_of
 
 if TYPE_CHECKING:
     from celerykit.worker.burial import Undertaker
@@ -102,6 +103,15 @@ class Request(_Stock):  # type: ignore[misc]
         if self.undertaker is not None and self.time_start:
             self.undertaker.starts.forgive(self)
         super().cancel(pool, signal, emit_retry=emit_retry)
+
+    def is_same(self, other: Request) -> bool:
+        """Tell whether *other* is another delivery of this message."""
+        return bool(self.id == other.id and letter_of(self) == letter_of(other))
+
+    def take_over(self, other: Request) -> None:
+        """Answer for another delivery of this message: the one this request came with is void."""
+        self._message, self._on_ack, self._on_reject = other.message, other.on_ack, other.on_reject
+        state.requests[self.id] = self
 
     def kill(self, error: BaseException) -> None:
         """End a message that is not to start, as a failure."""

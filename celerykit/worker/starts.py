@@ -34,6 +34,8 @@ class Verdict(Enum):
     START = auto()
     #: It was started too often.
     BURY = auto()
+    #: Another request answers for it.
+    TAKEN_OVER = auto()
     #: Its letter is written, or another copy of it ran: it only needs to be acknowledged.
     ACKNOWLEDGE = auto()
     #: Nobody can say now.

@@ -1,0 +1,167 @@
+"""
+Keeps this worker's messages its own, on Redis and Valkey.
+
+Celery's visibility timeout has to be longer than the longest task and the
+furthest countdown, and as long does a dead worker's message wait. A lease is
+short, because the worker renews it: from a thread with a client of its own,
+since the event loop ticks neither on the solo pool, nor while the parent is
+blocked, nor to the end of a shutdown.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Collection
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import redis
+from celery.worker import state
+
+if TYPE_CHECKING:
+    from celerykit.redis_broker import Hold, Keeper, OnGarbage
+
+__all__ = ["Leases"]
+
+log = logging.getLogger(__name__)
+
+#: Renewals in the time of a lease: two may fail.
+_RENEWALS = 3
+
+#: Seconds until the next try when the server did not answer, and how long an answer is waited for.
+_LONGEST_PAUSE, _LONGEST_WAIT = 2.0, 5.0
+
+
+class Leases:
+    """
+    The messages of one worker, over all its connections.
+
+    Does nothing for brokers other than Redis and Valkey.
+
+    Args:
+        lease:
+            How long they stay its own after its last sign of life.
+
+        on_garbage:
+            ``on_garbage(queue, item, error)``: what to do with items in a
+            queue that are not messages. If it raises, the item goes back to
+            the end of its queue. Called where the queue is read, and now and
+            then from a thread.
+    """
+
+    def __init__(self, lease: timedelta, *, on_garbage: OnGarbage | None = None) -> None:
+        self._lease = lease.total_seconds()
+        self._on_garbage = on_garbage
+        self._hold: Hold | None = None
+        self._keeper: Keeper | None = None
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._renewed_at = 0
+        self._is_failing = False
+
+    def guard(self, connection: Any) -> Any:
+        """Return a connection to consume by, in place of one that is not connected yet."""
+        if getattr(connection.get_transport_cls(), "driver_type", None) != "redis":
+            return connection
+        # Imported for Redis only.
+        from celerykit.redis_broker import Hold, guard
+
+        if self._hold is None:
+            self._hold = Hold(lease=self._lease, on_garbage=self._on_garbage, running=_running)
+        return guard(connection, self._hold)
+
+    def follow(self, connection: Any) -> None:
+        """
+        Renew what comes by this connection from now on, once it is connected.
+
+        What came by the one before and was not started goes back to its
+        queue; what runs stays leased until it ends.
+        """
+        hold = self._hold
+        if hold is None or getattr(connection, "hold", None) is not hold:
+            return
+        if getattr(connection.transport, "driver_type", None) != "redis":
+            # After a failover to another broker.
+            return
+        from celerykit.redis_broker import Keeper
+
+        hold.leave(connection)
+        keeper = Keeper(connection.default_channel, hold, timeout=min(_LONGEST_WAIT, max(1.0, self._pause)))
+        with self._lock:
+            before, self._keeper = self._keeper, keeper
+        if before is not None:
+            before.close()
+        if self._thread is None or not self._thread.is_alive():
+            self._stopped.clear()
+            self._thread = threading.Thread(target=self._run, name="celerykit-leases", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """
+        End the thread, after a last renewal. For workers that do not end with their process.
+
+        Call it when the pool has stopped, and the connection is closed.
+        """
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(2 * _LONGEST_WAIT)
+        if self._keeper is not None:
+            self._keeper.close()
+
+    @property
+    def _pause(self) -> float:
+        return self._lease / _RENEWALS
+
+    def _run(self) -> None:
+        while not self._stopped.wait(min(self._pause, _LONGEST_PAUSE) if self._is_failing else self._pause):
+            self._tick()
+        self._tick()
+
+    def _tick(self) -> None:
+        with self._lock:
+            keeper = self._keeper
+        if keeper is None:
+            return
+        try:
+            self._look_back(keeper.renew())
+            self._sweep(keeper)
+        except (redis.RedisError, OSError) as error:
+            if not self._is_failing:
+                log.warning("leases.not_renewed: %s: %s", type(error).__name__, error)
+            self._is_failing = True
+        except Exception:  # (an edge: without this thread the worker's messages would run twice)
+            log.exception("leases.not_renewed")
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _look_back(self, now: int) -> None:
+        """Say so when this worker was away for longer than a lease."""
+        away, self._renewed_at = (now - self._renewed_at) / 1_000_000, now
+        if self._lease < away < now / 1_000_000:
+            log.warning(
+                "leases.lapsed after=%.1f lease=%g: this worker or its broker was away. Other workers may have "
+                "started again what it was doing.",
+                away,
+                self._lease,
+            )
+
+    def _sweep(self, keeper: Keeper) -> None:
+        # A few hundred each time: a renewal must not have to wait.
+        restored = sum(iter(keeper.sweep, 0)) if False else keeper.sweep()
+        if restored:
+            log.warning("leases.restored messages=%d: their worker is gone", restored)
+
+
+def _running() -> Collection[str]:
+    """Give the tags of what runs on, if it does: not once the worker ends."""
+    if any(stop is not None and stop is not False for stop in (state.should_stop, state.should_terminate)):
+        return ()
+    while True:
+        try:
+            return {request.message.delivery_tag for request in tuple(state.active_requests)}
+        except RuntimeError:
+            # Another thread started or ended a task in the meantime.
+            continue
