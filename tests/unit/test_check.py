@@ -221,7 +221,11 @@ LIVE_CASES = [
     ),
     (
         {"rabbitmq": rabbitmq(missing_delays=("queue celery_delayed_3",))},
-        {"delays-missing": "warning", "rabbitmq-untold": "info"},
+        {"delays-missing": "error", "rabbitmq-untold": "info"},
+    ),
+    (
+        {"rabbitmq": rabbitmq(missing_delays=("exchange celery_delayed_delivery", "queue celery_delayed_3"))},
+        {"delays-not-set-up": "info", "rabbitmq-untold": "info"},
     ),
     ({"rabbitmq": rabbitmq(delays=False)}, {"delays-broken": "error", "rabbitmq-untold": "info"}),
 ]

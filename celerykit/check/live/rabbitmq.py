@@ -141,7 +141,7 @@ class _Questions:
         return tuple(right for right, answer in refused.items() if isinstance(answer, AccessRefused))
 
     def _may_publish(self) -> bool:
-        # To a queue that is not there: it comes back.
+        # To a queue that is not there: RabbitMQ drops it.
         answer = self._on(self._writing, lambda channel: self._publish(channel, "", f"celerykit-check-{uuid4()}"))
         return not isinstance(answer, AccessRefused)
 
@@ -176,13 +176,11 @@ class _Questions:
             channel.queue_delete(queue)
 
     def _publish(self, channel: Any, exchange: str, routing_key: str) -> None:
-        channel.events["basic_return"].add(_take_back)
         message = channel.prepare_message("", content_type="text/plain", content_encoding="utf-8")
         channel.basic_publish_confirm(
             message,
             exchange=exchange,
             routing_key=routing_key,
-            mandatory=True,
             confirm_timeout=self._confirm_within,
         )
 
@@ -196,10 +194,6 @@ class _Questions:
             return refusal
         finally:
             channel.close()
-
-
-def _take_back(*returned: Any) -> None:
-    """Do nothing; without somebody to take it, what comes back is an error."""
 
 
 def _reason(error: PreconditionFailed) -> str:

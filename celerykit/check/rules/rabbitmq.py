@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from kombu.transport.native_delayed_delivery import CELERY_DELAYED_DELIVERY_EXCHANGE
+
 from celerykit.check.facts import Facts
 from celerykit.check.findings import Finding, named
 from celerykit.check.live import Answers
@@ -81,14 +83,22 @@ def _rights(missing: tuple[str, ...]) -> str:
 
 def delays(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
     """Find countdowns that would get lost on their way."""
-    if broker.missing_delays:
+    missing = broker.missing_delays
+    if f"exchange {CELERY_DELAYED_DELIVERY_EXCHANGE}" in missing:
+        yield Finding(
+            "delays-not-set-up",
+            "info",
+            "Native delayed delivery, where countdowns wait, is not set up yet.",
+            "Start a worker, which sets it up; its user needs configure, write and read on celery_delayed.*.",
+            missing,
+        )
+    elif missing:
         yield Finding(
             "delays-missing",
-            "warning",
-            f"Native delayed delivery is not set up ({named(broker.missing_delays)}): a call with a countdown is "
-            "refused or lost.",
-            "Start a worker, which sets it up; its user needs configure, write and read on celery_delayed.*.",
-            broker.missing_delays,
+            "error",
+            f"Of native delayed delivery there is no {named(missing)}: countdowns are lost on their way.",
+            "Restart a worker, which declares all of it again.",
+            missing,
         )
     if broker.delays is False:
         yield Finding(
