@@ -11,36 +11,47 @@ __all__ = ["messages"]
 #: Messages that are fetched at a time; each may be a megabyte.
 _BATCH = 50
 
+#: Before the name of the hash of what our workers have taken; without it, of what stock ones have (`redis_broker`).
+_OURS = "celerykit."
+
+_TAKEN = "was taken by a worker, which runs it or keeps it for its time"
+
 
 def messages(channel: Any, *, skip: str) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """
     Give the place of each message, what happens to it, and its headers.
 
     There is one list for each queue and priority, and a hash of what workers have taken.
+
+    Args:
+        skip:
+            A queue that is left out.
     """
-    client, prefix = channel.client, channel.global_keyprefix or ""
-    for name in sorted(_queues(channel) - {skip}):
+    client, prefix = _client(channel), channel.global_keyprefix or ""
+    for name in sorted(_queues(client, channel, prefix) - {skip}):
         for step in channel.priority_steps:
             key = f"{prefix}{name}{channel.sep}{step}" if step else f"{prefix}{name}"
             for item in _listed(client, key):
                 yield f"queue {name}", "is waiting", _headers(_read(item))
-    for _, item in client.hscan_iter(f"{prefix}{channel.unacked_key}", count=_BATCH):
-        match _read(item):
-            case [message, _, name, *_]:
-                yield (
-                    f"queue {name}",
-                    "was taken by a worker, which runs it or keeps it for its time",
-                    _headers(message),
-                )
+    for owner in (_OURS, ""):
+        for _, item in client.hscan_iter(f"{prefix}{owner}{channel.unacked_key}", count=_BATCH):
+            match _read(item):
+                case [message, _, name, *_]:
+                    yield f"queue {name}", _TAKEN, _headers(message)
 
 
-def _queues(channel: Any) -> set[str]:
+def _client(channel: Any) -> Any:
+    # Kombu's own puts the prefix in front of the keys of some commands only.
+    from redis import Redis
+
+    return Redis(connection_pool=channel.pool)
+
+
+def _queues(client: Any, channel: Any, prefix: str) -> set[str]:
     """Name every queue that anybody declared."""
-    client, prefix = channel.client, channel.global_keyprefix or ""
     names: set[str] = set()
     for key in client.scan_iter(f"{prefix}{channel.keyprefix_queue % '*'}", count=1000):
-        for member in client.smembers(_text(key).removeprefix(prefix)):
-            names.add(_text(member).rpartition(channel.sep)[2])
+        names.update(_text(member).rpartition(channel.sep)[2] for member in client.smembers(key))
     return {name for name in names if not name.endswith(".pidbox") and not name.startswith("celeryev.")}
 
 

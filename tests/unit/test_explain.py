@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from celerykit.cli.explain import explain
 from celerykit.dead_letters import Letter, Note
-from celerykit.explain import Ambiguous, facts_of, life, life_of, life_text, near, task_of, task_text
+from celerykit.explain import Ambiguous, facts_of, life, life_of, life_text, near, queues, task_of, task_text
 from celerykit.explain.queues import messages
 from celerykit.headers import HEADER, Attempt, Headers
 from celerykit.retry import Backoff, Drop, Retry
@@ -145,15 +145,14 @@ class FakeClient:
 
     def __init__(self, **lists: list[str]) -> None:
         self.lists = lists
-        self.taken: dict[str, str] = {}
+        self.taken: dict[str, dict[str, str]] = {}
 
     def scan_iter(self, pattern: str, *, count: int) -> Any:
         assert pattern == "p:_kombu.binding.*"
         return iter([b"p:_kombu.binding.celery", b"p:_kombu.binding.x"])
 
-    def smembers(self, key: str) -> set[bytes]:
-        # Kombu's client puts the prefix in front of this command's key, and of no other one used here.
-        if key == "_kombu.binding.x":
+    def smembers(self, key: bytes) -> set[bytes]:
+        if key == b"p:_kombu.binding.x":
             return {b"\x06\x16\x06\x16celery@h.celery.pidbox", b"celeryev\x06\x16\x06\x16celeryev.1"}
         return {f"r\x06\x16\x06\x16{name}".encode() for name in self.lists if ":" not in name}
 
@@ -161,13 +160,12 @@ class FakeClient:
         return self.lists.get(key.removeprefix("p:").replace("\x06\x16", ":"), [])[start : stop + 1]
 
     def hscan_iter(self, key: str, *, count: int) -> Any:
-        assert key == "p:unacked"
-        return iter(self.taken.items())
+        return iter(self.taken.get(key, {}).items())
 
 
 def channel(client: FakeClient) -> Any:
     return SimpleNamespace(
-        client=client,
+        pool=client,
         global_keyprefix="p:",
         keyprefix_queue="_kombu.binding.%s",
         sep="\x06\x16",
@@ -183,6 +181,11 @@ def connection(client: FakeClient) -> Any:
 
 def message(task_id: str, **headers: Any) -> str:
     return json.dumps({"body": SECRET, "headers": {"id": task_id, "task": "shop.charge", **headers}, "properties": {}})
+
+
+@pytest.fixture(autouse=True)
+def no_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "_client", lambda channel: channel.pool)
 
 
 @pytest.fixture
@@ -207,6 +210,10 @@ def test_all_messages_are_looked_at_whatever_their_priority() -> None:
     assert ids == [*map(str, range(120)), None, None, "p"]
 
 
+def test_what_workers_have_taken_is_where_our_workers_put_it() -> None:
+    assert pytest.importorskip("celerykit.redis_broker")._OURS == queues._OURS
+
+
 def test_a_waiting_message_is_found_in_its_queue(shop: Any, broker: FakeClient) -> None:
     headers = Headers(sent_at=1.0, due_at=86400.0).added_to({})
     broker.lists["slow"] = [message("other"), message(ID, **headers)]
@@ -214,9 +221,11 @@ def test_a_waiting_message_is_found_in_its_queue(shop: Any, broker: FakeClient) 
     assert seen(shop) == {"queue slow": "attempt 1 is waiting, due 1970-01-02 00:00:00 UTC"}
 
 
-def test_a_taken_message_is_found_with_its_worker(shop: Any, broker: FakeClient) -> None:
+@pytest.mark.parametrize("key", ["p:unacked", "p:celerykit.unacked"])
+def test_a_taken_message_is_found_with_its_worker(shop: Any, broker: FakeClient, key: str) -> None:
+    """Ours and stock workers note what they have taken in places of their own."""
     eta = "1970-01-02T02:00:00+02:00"
-    broker.taken = {"1": "[]", "2": "no JSON", "3": json.dumps([json.loads(message(ID, eta=eta)), "", "slow"])}
+    broker.taken[key] = {"1": "[]", "2": "no JSON", "3": json.dumps([json.loads(message(ID, eta=eta)), "", "slow"])}
 
     assert seen(shop) == {
         "queue slow": "attempt 1 was taken by a worker, which runs it or keeps it for its time, "
