@@ -37,9 +37,10 @@ from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
+from celerykit.deadline import within
 from celerykit.errors import InvalidOptions
 from celerykit.options import by_new_name, command_options, config_name, option_table
-from celerykit.publishing import UnreachableBroker, sending, transport_options, wait_within
+from celerykit.publishing import UnreachableBroker, sending, transport_options
 from celerykit.result import GroupResult, Result, ResultSet
 from celerykit.retry import Retry
 from celerykit.settings import load, settle
@@ -62,6 +63,9 @@ _STORE_TIMEOUT = 2.0
 
 #: Threads that `Task.adelay` publishes on; as many as Celery's pool has connections to the broker.
 _PUBLISHERS = 10
+
+#: What a thread gets beyond its deadline, in seconds, to say itself how far it came.
+_GRACE = 0.25
 
 
 
@@ -178,6 +182,7 @@ class CeleryKit(celery.Celery):
 
     task_cls = cast("Any", Task)
     loader_cls = "celerykit.app:Loader"
+    amqp_cls = cast("Any", "celerykit.amqp:AMQP")
 
     def __init__(
         self,
@@ -329,7 +334,8 @@ class CeleryKit(celery.Celery):
         url = self._settled(url or self.conf.broker_write_url)
         if kit.profile == "stock":
             return super().connection_for_write(url, **kwargs)
-        wait = wait_within(kit.publish_deadline.total_seconds())
+        # The deadline that counts is in force while something is sent (`publishing.sending`).
+        wait = kit.publish_deadline.total_seconds()
         kwargs.setdefault("connect_timeout", wait)
         kwargs["transport_options"] = {
             **transport_options(url, wait=wait),
@@ -353,19 +359,20 @@ class CeleryKit(celery.Celery):
         Raises:
             EnqueueError: It took longer.
         """
-        deadline = self.settings.kit.publish_deadline.total_seconds()
-        future = self._publisher.submit(contextvars.copy_context().run, send)
+        seconds = self.settings.kit.publish_deadline.total_seconds()
+        # Counted from here: the thread may have to wait for its turn.
+        with within(seconds) as deadline:
+            future = self._publisher.submit(contextvars.copy_context().run, send)
         try:
-            async with asyncio.timeout(deadline) as limit:
+            async with asyncio.timeout(seconds + _GRACE) as limit:
                 return await asyncio.wrap_future(future)
         except TimeoutError:
             if not limit.expired():
                 raise
-            started = not future.cancelled()
             raise UnreachableBroker(
-                f"{what}: the broker did not take the message within {deadline:g} s "
-                f"(CELERYKIT_PUBLISH_DEADLINE). The message {'may have been' if started else 'was not'} sent.",
-                may_have_been_sent=started,
+                f"{what}: the broker did not take the message within {seconds:g} s (CELERYKIT_PUBLISH_DEADLINE). "
+                f"The message {'may have been' if deadline.sent else 'was not'} sent.",
+                may_have_been_sent=deadline.sent,
             ) from None
 
     @property

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from celery.utils import uuid
+
 from celerykit.canvas import Signature
+from celerykit.deadline import leaving
 from celerykit.errors import InvalidOptions, InvalidPayload
-from celerykit.publishing import FAILURES, UnreachableBroker
+from celerykit.publishing import FAILURES, UnreachableBroker, sending
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
@@ -57,10 +60,6 @@ class _Progress:
     sent: list[Result[Any]] = field(default_factory=list)
     uncertain: list[Result[Any]] = field(default_factory=list)
 
-    def settle(self) -> None:
-        self.sent += self.uncertain
-        self.uncertain = []
-
 
 class Unsent(NamedTuple):
     """One call: of a typed task, not checked yet."""
@@ -104,6 +103,10 @@ def enqueue(app: CeleryKit, unsent: Iterable[Unsent]) -> list[Result[Any]]:
     """
     Check all calls, then send them.
 
+    Each round trip has ``CELERYKIT_PUBLISH_DEADLINE``: on Redis that is a
+    batch, on RabbitMQ one message. So many calls may take as long as they
+    need, as long as the broker keeps taking them.
+
     Raises:
         InvalidPayload: One does not fit; nothing was sent.
 
@@ -114,7 +117,7 @@ def enqueue(app: CeleryKit, unsent: Iterable[Unsent]) -> list[Result[Any]]:
     how = _How(app)
     with _telling(app, progress), app.producer_or_acquire() as producer:
         for batch in _in_batches(calls):
-            _publish(producer, batch, progress, how)
+            _publish(app, producer, batch, progress, how)
     return progress.sent
 
 
@@ -144,19 +147,41 @@ class _How:
         return {}
 
 
-def _publish(producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
-    # Where a transport cannot put messages together, each has arrived when its publish returns.
-    together = producer.supports_batch_publish
-    # What is put aside for a batch is not on its way yet, so there is nothing to try again.
-    fixed = {"producer": producer, **({"retry": False} if together else {})}
+def _publish(app: CeleryKit, producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
+    if producer.supports_batch_publish:
+        _publish_together(app, producer, batch, progress, how)
+        return
+    for call in batch:
+        _publish_one(producer, call, progress, how)
+
+
+def _publish_one(producer: Any, call: Unsent, progress: _Progress, how: _How) -> None:
+    options = {"task_id": uuid(), **how.options(call), **call.options, "producer": producer}
+    try:
+        progress.sent.append(call.task.send_prepared(call.args, call.kwargs, options))
+    except UnreachableBroker as error:
+        if error.may_have_been_sent:
+            progress.uncertain = [call.task.AsyncResult(options["task_id"])]
+        raise
+
+
+def _publish_together(app: CeleryKit, producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
     # One more than there are: what is sent when it is full would be sent within somebody's `send_prepared`.
-    with producer.batch(max_size=_BATCH + 1):
-        for call in batch:
-            options = {**how.options(call), **call.options, **fixed}
-            progress.uncertain.append(call.task.send_prepared(call.args, call.kwargs, options))
-            if not together:
-                progress.settle()
-    progress.settle()
+    with producer.batch(max_size=_BATCH + 1) as together:
+        # What is put aside is not on its way yet, so there is nothing to try again.
+        aside = [
+            call.task.send_prepared(
+                call.args, call.kwargs, {**how.options(call), **call.options, "producer": producer, "retry": False}
+            )
+            for call in batch
+        ]
+        try:
+            with sending(app, f"{len(batch)} calls"), leaving():
+                together.flush()
+        except UnreachableBroker as error:
+            progress.uncertain = aside if error.may_have_been_sent else []
+            raise
+    progress.sent += aside
 
 
 def _in_batches(calls: list[Unsent]) -> Iterator[list[Unsent]]:
@@ -171,7 +196,8 @@ def _telling(app: CeleryKit, progress: _Progress) -> Iterator[None]:
         yield
     except FAILURES as error:
         raise PartlySent(
-            f"the broker at {app.connection_for_write().as_uri()} failed in the middle ({error.__cause__ or error}): "
+            f"the broker at {app.connection_for_write().as_uri()} failed in the middle "
+            f"({getattr(error, 'reason', '') or error}): "
             f"of {progress.total} calls, {len(progress.sent)} were sent and {len(progress.uncertain)} may have been.",
             sent=progress.sent,
             uncertain=progress.uncertain,

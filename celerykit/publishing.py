@@ -6,34 +6,47 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 import kombu.exceptions
+from amqp.exceptions import AMQPError, MessageNacked, PreconditionFailed
 from kombu.utils.json import JSONEncoder
 
+from celerykit.connections import Unroutable
 from celerykit.contract import Contract
+from celerykit.deadline import Deadline, DeadlinePassed, stop_in_time, within
 from celerykit.errors import EnqueueError, InvalidOptions, Problem
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
-__all__ = ["FAILURES", "UnreachableBroker", "check_body", "check_delay", "sending", "transport_options", "wait_within"]
+__all__ = [
+    "FAILURES",
+    "UnreachableBroker",
+    "check_body",
+    "check_delay",
+    "explain_precondition",
+    "sending",
+    "transport_options",
+]
 
-#: What Kombu raises when a broker cannot be reached, or fails.
+#: What comes out of a publish when the broker cannot be reached, fails, or refuses.
 FAILURES: tuple[type[Exception], ...] = (
     kombu.exceptions.OperationalError,
     cast("Any", kombu.exceptions).BatchPublishError,
+    AMQPError,
+    MessageNacked,
+    DeadlinePassed,
+    Unroutable,
     EnqueueError,
 )
 
 #: Kombu's own encoder, as the body will be written by it, but refusing what is not JSON.
 _encode = JSONEncoder(allow_nan=False).encode
-
-#: A broker that stops answering is waited for when sending, connecting anew, and sending again.
-_WAITS = 3
 
 
 class UnreachableBroker(EnqueueError, kombu.exceptions.OperationalError):
@@ -42,45 +55,97 @@ class UnreachableBroker(EnqueueError, kombu.exceptions.OperationalError):
 
     Attributes:
         may_have_been_sent:
-            Whether the message may have arrived all the same: the broker was
-            reached, and did not answer.
+            Whether the message may have arrived all the same. ``False`` only
+            when it was never handed to a connection, or came back.
+
+        reason:
+            What the broker did, in a few words.
     """
 
-    def __init__(self, message: str, *, may_have_been_sent: bool = True) -> None:
+    def __init__(self, message: str, *, may_have_been_sent: bool = True, reason: str = "") -> None:
         super().__init__(message)
         self.may_have_been_sent = may_have_been_sent
+        self.reason = reason
 
 
 @contextmanager
-def sending(app: CeleryKit, what: str) -> Iterator[None]:
-    """Say which message was not taken, by which broker, in place of Kombu's bare error."""
-    try:
-        yield
-    except FAILURES as error:
-        if isinstance(error, EnqueueError):
-            raise
-        raise _unreachable(app, what, error) from error
+def sending(app: CeleryKit, what: str) -> Iterator[Deadline | None]:
+    """
+    Bound a publish by ``CELERYKIT_PUBLISH_DEADLINE``, and say what was not taken, by which broker.
+
+    Everything that sends goes through here: calls, retries, canvas, and what
+    Celery sends in a worker for a task that has finished.
+    """
+    kit = app.settings.kit
+    bound = nullcontext() if kit.profile == "stock" else within(kit.publish_deadline.total_seconds())
+    with bound as deadline:
+        try:
+            yield deadline
+        except FAILURES as error:
+            if isinstance(error, EnqueueError):
+                raise
+            raise _unreachable(app, what, error, deadline) from error
 
 
-def _unreachable(app: CeleryKit, what: str, error: Exception) -> UnreachableBroker:
-    refused = any(isinstance(cause, ConnectionRefusedError) for cause in _causes(error))
-    outcome = "The message was not sent." if refused else "The message may or may not have been sent."
+def _unreachable(app: CeleryKit, what: str, error: Exception, deadline: Deadline | None) -> UnreachableBroker:
+    sent = not _is_refused(error) if deadline is None else deadline.sent
+    outcome = "The message may or may not have been sent." if sent else "The message was not sent."
+    reason = _reason(error, deadline)
     return UnreachableBroker(
-        f"{what}: the broker at {app.connection_for_write().as_uri()} did not take the message ({error}). {outcome} "
-        "Check that the broker runs, and CELERY_BROKER_URL.",
-        may_have_been_sent=not refused,
+        f"{what}: the broker at {app.connection_for_write().as_uri()} did not take the message ({reason}). "
+        f"{outcome} {_remedy(error, deadline)}",
+        may_have_been_sent=sent,
+        reason=reason,
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _reason(error: BaseException, deadline: Deadline | None) -> str:
+    """Say in a few words what a broker did."""
+    if deadline is not None and deadline.blocked:
+        return f"it said that it takes no messages for now, and did not change its mind; {error}"
+    if isinstance(error, MessageNacked):
+        return "it refused it, with a negative confirm"
+    return str(error.__cause__ if isinstance(error, _WRAPPERS) and error.__cause__ else error)
+
+
+_WRAPPERS = (cast("Any", kombu.exceptions).BatchPublishError,)
+
+
+def _remedy(error: Exception, deadline: Deadline | None) -> str:
+    if deadline is not None and deadline.blocked:
+        return "RabbitMQ blocks publishers while it is low on memory or disk; see its log."
+    if isinstance(error, PreconditionFailed):
+        return explain_precondition(error)
+    if isinstance(error, MessageNacked):
+        return "A queue that is full and has x-overflow=reject-publish does that."
+    if isinstance(error, Unroutable):
+        return "Somebody deletes the queue, or its binding, as fast as it is declared."
+    return "Check that the broker runs, and CELERY_BROKER_URL."
+
+
+def _is_refused(error: BaseException | None) -> bool:
     while error is not None:
-        yield error
+        if isinstance(error, ConnectionRefusedError):
+            return True
         error = error.__cause__ or error.__context__
+    return False
 
 
-def wait_within(deadline: float) -> float:
-    """Give the seconds that one wait of a publish may take, for all of them to end within *deadline*."""
-    return deadline / _WAITS
+def explain_precondition(error: BaseException) -> str:
+    """Say what to do when RabbitMQ has a queue or an exchange of this name that is different (406)."""
+    name = _QUOTED.search(str(error))
+    what = f"{name[1]} {name[2]!r}" if name else "queue or exchange"
+    return (
+        f"RabbitMQ has a {what} that was declared differently; what exists cannot be changed. To keep it, set "
+        "CELERY_TASK_DEFAULT_QUEUE_TYPE=classic, CELERY_TASK_DEFAULT_EXCHANGE_TYPE=direct, "
+        "CELERY_TASK_CREATE_MISSING_QUEUE_TYPE=classic and CELERY_TASK_CREATE_MISSING_QUEUE_EXCHANGE_TYPE=direct. "
+        "For a quorum queue, which outlives a node: let it run empty, delete the queue and its exchange, and start "
+        "again; or choose another name with CELERY_TASK_DEFAULT_QUEUE."
+    )
+
+
+#: "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'celery' in vhost '/': …"
+_QUOTED = re.compile(r"for (queue|exchange) '([^']*)'")
 
 
 def transport_options(url: Any, *, wait: float) -> dict[str, Any]:
@@ -88,14 +153,16 @@ def transport_options(url: Any, *, wait: float) -> dict[str, Any]:
     Give the connection options that end a producer's waits, in seconds each.
 
     For producers only: a worker waits for its broker as long as it takes.
+    These bound what no deadline is in force for, such as ``control.ping()``.
     """
     scheme = str(url or "").partition(":")[0]
+    shared = {"errback": stop_in_time}
     if scheme.startswith(("redis", "sentinel")):
-        return {"socket_timeout": wait, "socket_connect_timeout": wait}
+        return shared | {"socket_timeout": wait, "socket_connect_timeout": wait}
     if scheme in ("amqp", "amqps", "pyamqp", "py-amqp"):
         # Without confirms "sent" means "in a socket's buffer", and a message in there is lost with the broker.
-        return {"confirm_publish": True, "confirm_timeout": wait, "read_timeout": wait, "write_timeout": wait}
-    return {}
+        return shared | {"confirm_publish": True, "confirm_timeout": wait, "read_timeout": wait, "write_timeout": wait}
+    return shared
 
 
 def check_body(contract: Contract, args: Sequence[Any], kwargs: Mapping[str, Any], *, limit: int) -> None:

@@ -21,7 +21,7 @@ from celerykit.bulk import PartlySent
 from tests import services
 
 #: `CELERYKIT_PUBLISH_DEADLINE` in these tests, and what a call may take at the most, in seconds.
-DEADLINE, AT_MOST = 1.0, 4.0
+DEADLINE, AT_MOST = 1.0, 1.6
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_a_broker_that_refuses_is_an_error_that_says_so(scheme: str) -> None:
 def test_a_broker_that_never_answers_does_not_hang_the_caller(scheme: str) -> None:
     with services.frozen() as port:
         ping = task_of(app_at(f"{scheme}://guest@127.0.0.1:{port}//"))
-        with ends_soon(), pytest.raises(EnqueueError, match="may or may not have been sent"):
+        with ends_soon(), pytest.raises(EnqueueError, match=r"no answer within 1 s.*was not sent"):
             ping.delay()
         with ends_soon(), pytest.raises(EnqueueError):
             ping.s().apply_async()
@@ -121,7 +121,8 @@ def test_many_calls_say_which_were_sent_when_the_broker_dies_midway() -> None:
             before_task_publish.disconnect(kill_after_600, sender="ping")
 
     assert len(error.value.sent) == 500
-    assert len(error.value.uncertain) == 500
+    # The connection was found closed before anything of the second batch was written.
+    assert error.value.uncertain == []
 
 
 @pytest.mark.parametrize("behaviour", [services.refused, services.frozen])

@@ -95,7 +95,7 @@ def test_waits_are_bounded_for_producers_only(make_app: Any) -> None:
 
     write, read = app.connection_for_write(), app.connection_for_read()
 
-    assert write.transport_options == {"socket_timeout": 9, "socket_connect_timeout": 1.0}
+    assert write.transport_options.items() >= {"socket_timeout": 9, "socket_connect_timeout": 3.0}.items()
     assert read.transport_options == {"socket_timeout": 9}
 
 

@@ -1,0 +1,247 @@
+"""
+Celery's ``app.amqp``, where a call becomes a message and a queue is declared.
+
+On RabbitMQ, queues that nobody defined are quorum queues, and a message that no
+queue would get is an error. On every broker a message says where it was sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property, partial
+from time import time
+from typing import TYPE_CHECKING, Any, cast
+
+import celery.app.amqp
+import celery.app.routes
+import kombu
+import kombu.pools
+from amqp.exceptions import NotFound
+from kombu.transport.native_delayed_delivery import (
+    CELERY_DELAYED_DELIVERY_EXCHANGE,
+    bind_queue_to_native_delayed_delivery_exchange,
+    declare_native_delayed_delivery_exchanges_and_queues,
+)
+
+from celerykit import connections, deadline
+from celerykit.headers import HEADER
+from celerykit.publishing import sending
+from celerykit.settings import FROM_KIT
+
+if TYPE_CHECKING:
+    from celerykit.app import CeleryKit
+
+__all__ = ["AMQP", "DELIVERY_LIMIT", "Queues", "Router"]
+
+#: How often RabbitMQ takes a message back before it drops it. Every hand-back counts, at each deploy too, and
+#: RabbitMQ 4 stops at 20. Poison is bounded by `max_deliveries`, which counts starts only, and keeps the message.
+DELIVERY_LIMIT = 10_000
+
+#: Where `Router` leaves the queue for `AMQP.send_task_message`: Celery takes it away from a delayed message.
+_QUEUE = "celerykit_queue"
+
+#: What Celery calls the exchanges of RabbitMQ's delayed delivery.
+_DELAYED = "celery_delayed_"
+
+#: The share of a deadline that Celery may sleep between two tries of sending a finished task's callback.
+_NAP = 0.1
+
+
+class Queues(celery.app.amqp.Queues):
+    """Celery's queues; those whose type we chose are not emptied by RabbitMQ's limit of deliveries."""
+
+    with_limit = False
+
+    def new_missing(self, name: str) -> Any:
+        """Make a queue that nobody defined."""
+        queue = super().new_missing(name)
+        return _limited(queue) if self.with_limit else queue
+
+
+def _limited(queue: Any) -> Any:
+    arguments = queue.queue_arguments or {}
+    if arguments.get("x-queue-type") == "quorum":
+        queue.queue_arguments = {"x-delivery-limit": DELIVERY_LIMIT, **arguments}
+    return queue
+
+
+class Router(celery.app.routes.Router):
+    """Celery's router, which remembers its answer, and lets a retry go where the call went."""
+
+    def route(self, options: Any, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """Give the options with what says where to send."""
+        home = _home(options)
+        if home is not None and "redelivered" in options and options.get("queue") is None:
+            # A retry, addressed as its message came. Behind a delay that is not where it was sent, and with
+            # another delay before it Celery would send it to the default queue.
+            options = {key: value for key, value in options.items() if key not in _ADDRESS} | {"queue": home}
+        routed = super().route(options, name, *args, **kwargs)
+        queue = routed.get("queue")
+        if queue is not None and _is_addressed_to(queue, routed):
+            routed[_QUEUE] = queue
+        return routed
+
+
+_ADDRESS = frozenset(("exchange", "routing_key", "redelivered"))
+
+
+def _home(options: Mapping[str, Any]) -> str | None:
+    ours = (options.get("headers") or {}).get(HEADER)
+    return ours.get("queue") if isinstance(ours, Mapping) else None
+
+
+def _is_addressed_to(queue: Any, options: Mapping[str, Any]) -> bool:
+    # Celery adds the default queue to a call that names an exchange and a routing key.
+    exchange, key = options.get("exchange"), options.get("routing_key")
+    return exchange in (None, "", queue.exchange, queue.exchange.name) and key in (None, "", queue.routing_key)
+
+
+class AMQP(celery.app.amqp.AMQP):
+    """Celery's ``app.amqp``, for calls that arrive or say that they did not."""
+
+    queues_cls = Queues
+    app: CeleryKit
+    _producer_pool: Any = None
+
+    def __init__(self, app: CeleryKit) -> None:
+        super().__init__(cast("Any", app))
+        #: Queues that delayed messages were seen to reach.
+        self._within_reach: set[str] = set()
+
+    @property
+    def _is_stock(self) -> bool:
+        return self.app.settings.kit.profile == "stock"
+
+    # How to connect
+
+    @property
+    def Connection(self) -> Any:  # type: ignore[override]  # noqa: N802  (Celery's name)
+        """The class of connections to the broker."""
+        return kombu.Connection if self._is_stock else connections.Connection
+
+    BrokerConnection = Connection
+
+    @property
+    def Producer(self) -> Any:  # type: ignore[override]  # noqa: N802
+        """The class of producers."""
+        return kombu.Producer if self._is_stock else connections.Producer
+
+    @property
+    def producer_pool(self) -> Any:
+        """The producers of this process."""
+        if self._producer_pool is None:
+            if self._is_stock:
+                return super().producer_pool
+            self._producer_pool = connections.ProducerPool(
+                kombu.pools.connections[self.app.connection_for_write()],
+                limit=cast("Any", self.app).pool.limit,
+                sending=partial(sending, self.app, "no connection to send over"),
+            )
+        return self._producer_pool
+
+    publisher_pool = producer_pool
+
+    # Where to send
+
+    def Queues(self, queues: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
+        """Make the table of queues."""
+        made: Any = super().Queues(queues, *args, **kwargs)
+        # A limit of ours on a queue that exists without would be an error: only where the type is new, too.
+        if not queues and self._is_our_choice("task_default_queue_type"):
+            for queue in made.values():
+                _limited(queue)
+        made.with_limit = self._is_our_choice("task_create_missing_queue_type")
+        return made
+
+    def _is_our_choice(self, setting: str) -> bool:
+        return not self._is_stock and self.app.settings.sources.get(setting) == FROM_KIT
+
+    def Router(self, queues: Any = None, create_missing: Any = None) -> Any:  # noqa: N802
+        """Make what chooses a queue for each call."""
+        stock: Any = super().Router(queues, create_missing)
+        make: Any = Router
+        return make(stock.routes, stock.queues, stock.create_missing, app=stock.app)
+
+    # What to send
+
+    @cached_property
+    def send_task_message(self) -> Any:
+        """Celery's last step of sending: the message is made, and its queue known."""
+        send = super().send_task_message
+        return partial(self._send, send)
+
+    def _send(self, send: Any, producer: Any, name: str, message: Any, **options: Any) -> Any:
+        queue = options.pop(_QUEUE, None)
+        if queue is not None and (headers := options.get("headers")):
+            options["headers"] = _addressed(headers, queue.name)
+        if message.headers.get("expires") is not None:
+            # RabbitMQ would drop the message when it has expired, and say nothing; a worker looks at the header.
+            options.pop("expiration", None)
+        if self._is_stock:
+            deadline.mark_as_sent()
+            return send(producer, name, message, **options)
+        return self._send_in_time(send, producer, name, message, queue, options)
+
+    def _send_in_time(self, send: Any, producer: Any, name: str, message: Any, queue: Any, options: Any) -> Any:
+        options["retry_policy"] = self._patience(options.get("retry_policy"))
+        if not connections.keeps_to_deadline(producer.connection):
+            deadline.mark_as_sent()
+            return send(producer, name, message, **options)
+        if producer.connection.transport.driver_type != "amqp":
+            return send(producer, name, message, **options)
+        # RabbitMQ drops what no queue gets, and confirms it.
+        options["mandatory"] = True
+        if not _is_delayed(options):
+            return send(producer, name, message, **options)
+        self._reach(queue)
+        try:
+            return send(producer, name, message, **options)
+        except NotFound:
+            # Another broker than the one that was looked at.
+            self._within_reach.clear()
+            self._reach(queue)
+            return send(producer, name, message, **options)
+
+    def _patience(self, given: Any) -> dict[str, Any]:
+        """Give the policy of trying again, without naps that would outlast the deadline."""
+        conf: Any = self.app.conf
+        policy = {**conf.task_publish_retry_policy, **(given or {})}
+        nap = self.app.settings.kit.publish_deadline.total_seconds() * _NAP
+        for step in ("interval_start", "interval_step", "interval_max"):
+            policy[step] = min(policy.get(step, nap), nap)
+        return policy
+
+    def _reach(self, queue: Any) -> None:
+        """See to it that a delayed message comes to its queue: stock, only a worker of that queue does."""
+        name = queue.name if queue is not None else ""
+        if name in self._within_reach:
+            return
+        with self.app.connection_for_write() as connection:
+            if not _has_delays(connection):
+                kind = cast("Any", self.app.conf).broker_native_delayed_delivery_queue_type
+                declare_native_delayed_delivery_exchanges_and_queues(connection, kind)
+            if queue is not None:
+                queue(connection.default_channel).declare()
+                bind_queue_to_native_delayed_delivery_exchange(connection, queue)
+        self._within_reach.add(name)
+
+
+def _addressed(headers: Mapping[str, Any], queue: str) -> Mapping[str, Any]:
+    ours = headers.get(HEADER)
+    if not isinstance(ours, Mapping):
+        return headers
+    return {**headers, HEADER: {"sent_at": time(), **ours, "queue": queue}}
+
+
+def _is_delayed(options: Mapping[str, Any]) -> bool:
+    exchange = options.get("exchange")
+    return isinstance(exchange, kombu.Exchange) and str(exchange.name).startswith(_DELAYED)
+
+
+def _has_delays(connection: Any) -> bool:
+    """Tell whether the exchanges of delayed delivery are there, by the one that is declared last."""
+    try:
+        kombu.Exchange(CELERY_DELAYED_DELIVERY_EXCHANGE, type="topic")(connection.channel()).declare(passive=True)
+    except NotFound:
+        return False
+    return True
