@@ -27,11 +27,12 @@ from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.dead_letters import error_fingerprint
-from celerykit.errors import InvalidOptions, InvalidPayload, StoreUnavailable, TaskInterrupted
+from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Attempt, Headers
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import Retry, retried
+from celerykit.rollout import pause_for_newer
 from celerykit.using import SendOptions, Using
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ R_co = TypeVar("R_co", covariant=True)
 #: is not retried, so it does not come as far as the retries.
 STEPS: tuple[Step, ...] = (validated, retried)
 
-#: Why a message goes back that a newer deploy may understand.
+#: Why a message goes back that a newer deploy may understand; beside it stands for how long it is held before.
 HANDED_BACK = "celerykit: its contract is not this worker's"
 
 #: A pool's process is told to end by a `SystemExit` with such a code (billiard.common._shutdown_cleanup).
@@ -459,22 +460,20 @@ class Task(celery.Task[P, R], Generic[P, R]):
         except Later as later:
             self._send_again(later, request, call.headers)
         except InvalidPayload:
-            if not hasattr(request, _RAN) and self._may_be_for_a_newer(call):
-                raise Reject(HANDED_BACK, requeue=True) from None
+            if not hasattr(request, _RAN):
+                self._hand_back_to_newer(call)
             raise
         finally:
             setattr(request, FINISHED, True)
 
-    def _may_be_for_a_newer(self, call: Call) -> bool:
-        """Tell whether a payload that does not fit may fit another deploy, which has had no time yet to take it."""
-        grace = self._kit.settings.kit.unknown_task_grace.total_seconds()
-        if not grace or call.headers.contract in (None, self._contract.fingerprint) or self.request.is_eager:
-            return False
-        try:
-            first = self._kit.store.mark(f"refused:{call.id}", str(time.time()), ttl=2 * grace)
-        except StoreUnavailable:
-            return False
-        return first is None or time.time() - float(first) < grace
+    def _hand_back_to_newer(self, call: Call) -> None:
+        """Hand a payload back that does not fit here, but may fit a newer deploy, while that is coming up."""
+        if call.headers.contract in (None, self._contract.fingerprint) or self.request.is_eager:
+            return
+        grace = self._kit.settings.kit.unknown_task_grace
+        pause = pause_for_newer(self._kit.store, call.id, grace=grace)
+        if pause is not None:
+            raise Reject(cast("Any", (HANDED_BACK, pause)), requeue=True) from None
 
     def _called_as_function(self, args: Any, kwargs: Any) -> Any:
         caller = self.app.current_task

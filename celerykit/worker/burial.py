@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 #: Seconds between tries to write a letter, growing from the first to the second.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
 
-#: Seconds that a message is held before it is given back. A newer deploy is waited for in longer steps than a broker.
-_PAUSE, _PAUSE_FOR_NEWER = 1.0, 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class _Grave:
@@ -102,9 +99,9 @@ class Undertaker:
         letters.bury(self._app, Letter(note=note, body=item, headers={}, properties={}, **kinds))
         self._tell(note)
 
-    def hand_back(self, reject: Callable[..., None], *, is_foreign: bool) -> None:
-        """Give a message back after a while."""
-        self._call_after(_PAUSE_FOR_NEWER if is_foreign else _PAUSE, lambda: reject(requeue=True))
+    def hand_back(self, reject: Callable[..., None], *, after: float = 1.0) -> None:
+        """Give a message back after some seconds: what made it come back may not be over."""
+        self._call_after(after, lambda: reject(requeue=True))
 
     def is_waiting(self, request: Any) -> bool:
         """

@@ -5,7 +5,6 @@ Receives messages: what is no task's message is buried, and what would have ende
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +19,8 @@ from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError
 
 from celerykit.dead_letters import Reason
-from celerykit.errors import StoreUnavailable, Undeliverable
+from celerykit.errors import Undeliverable
+from celerykit.rollout import pause_for_newer
 from celerykit.worker import shape
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
@@ -34,6 +34,9 @@ log = logging.getLogger(__name__)
 _A_MESSAGES_OWN = (LookupError, ValueError, TypeError, AttributeError, InvalidTaskError)
 
 
+#: Messages that are held before they go back, and for which others may come in their place.
+_MOST_HELD = 100
+
 #: celery-types knows half of it.
 _Stock: Any = stock.Consumer
 
@@ -44,6 +47,7 @@ class Consumer(_Stock):  # type: ignore[misc]
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         app: Any = kwargs["app"]
         self._hand_over = on_task_request
+        self._held = 0
         self.undertaker = Undertaker(
             app,
             worker=kwargs.get("hostname") or "",
@@ -100,14 +104,19 @@ class Consumer(_Stock):  # type: ignore[misc]
         if verdict is Verdict.ACKNOWLEDGE:
             request.acknowledge()
         else:
-            self.undertaker.hand_back(request.reject, is_foreign=False)
+            self.undertaker.hand_back(request.reject)
 
     def _call_after(self, seconds: float, call: Callable[[], None]) -> None:
-        # While it is held, another message may come in its place.
-        self.qos.increment_eventually()
+        # While it is held, another message may come in its place; but a flood of them is not to fill this process.
+        makes_room = self._held < _MOST_HELD
+        self._held += 1
+        if makes_room:
+            self.qos.increment_eventually()
 
         def then() -> None:
-            self.qos.decrement_eventually()
+            self._held -= 1
+            if makes_room:
+                self.qos.decrement_eventually()
             call()
 
         self.timer.call_after(seconds, then)
@@ -168,23 +177,13 @@ class Consumer(_Stock):  # type: ignore[misc]
         """Bury a message for a task that nobody here knows, once a newer deploy has had time to take it."""
         headers = message.headers if "task" in message.headers else message.payload
         name, task_id = headers["task"], headers["id"]
-        if self._may_be_for_a_newer(task_id):
+        pause = pause_for_newer(self.app.store, task_id, grace=self.app.settings.kit.unknown_task_grace)
+        if pause is not None:
             log.warning("task.handed_back task=%s id=%s: it is not known here", name, task_id)
-            self.undertaker.hand_back(partial(message.reject_log_error, log, self._broken), is_foreign=True)
+            self.undertaker.hand_back(partial(message.reject_log_error, log, self._broken), after=pause)
             return
         self._bury(message, "unknown_task", NotRegistered(name))
         signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)
-
-    def _may_be_for_a_newer(self, task_id: str) -> bool:
-        app = self.app
-        grace = app.settings.kit.unknown_task_grace.total_seconds()
-        if not grace:
-            return False
-        try:
-            first = app.store.mark(f"refused:{task_id}", str(time.time()), ttl=2 * grace)
-        except StoreUnavailable:
-            return True
-        return first is None or time.time() - float(first) < grace
 
     # Burying
 

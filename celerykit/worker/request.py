@@ -177,8 +177,8 @@ class Request(_Stock):  # type: ignore[misc]
         return most is not None and self._context.retries >= most
 
     def _hand_back(self, error: Any) -> None:
-        """Give the message back, after a while: what made it come back may not be over."""
         state.task_ready(self)
         undertaker = cast("Undertaker", self.undertaker)
         undertaker.starts.forgive(self)
-        undertaker.hand_back(super().reject, is_foreign=error.reason == HANDED_BACK)
+        is_held = isinstance(error.reason, tuple) and error.reason[:1] == (HANDED_BACK,)
+        undertaker.hand_back(super().reject, after=error.reason[1] if is_held else 1.0)

@@ -70,4 +70,4 @@ def test_an_eta_beyond_the_limit_is_refused() -> None:
     check_eta(NOW + timedelta(days=30), now=NOW, limit=timedelta(days=30))
     check_eta(None, now=NOW, limit=timedelta(days=30))
     with pytest.raises(Malformed, match="30 days ahead"):
-        check_eta(datetime(9999, 1, 1), now=NOW, limit=timedelta(days=30))  # noqa: DTZ001
+        check_eta(datetime(9999, 1, 1), now=NOW, limit=timedelta(days=30))
