@@ -108,7 +108,6 @@ MESSAGES = (
     _message("body is nested 100,000 deep", "undecodable", body="[" * 100_000 + "]" * 100_000),
     _message("says gzip, and is not", "undecodable", compression="application/x-gzip"),
     _message("compression is unknown", "undecodable", compression="application/x-stuffit"),
-    _message("encoding is unknown", "undecodable", body=b"[[], {}, {}]", properties={"content_encoding": "klingon"}),
     _message(
         "pickle",
         "undecodable",
@@ -129,6 +128,7 @@ MESSAGES = (
     # Odd, and none the worse
     _message("our header is text", celerykit="text"),
     _message("our header is of another time", celerykit={"v": 99, "attempt": "first", "ledger": 7, "due_at": []}),
+    _message("encoding is unknown", body=b"[[], {}, {}]", properties={"content_encoding": "klingon"}),
     _message("headers nobody knows", **{"x-anything": 1}),
 )
 

@@ -89,7 +89,7 @@ class Valkey:
         # Wherever a message may be: also in places that are not Kombu's own.
         for key in client.scan_iter(count=1000):
             name = key.decode(errors="replace")
-            if name.startswith(self.dead) or "pidbox" in name:
+            if name.startswith((self.dead, "_kombu.binding")) or "pidbox" in name:
                 continue
             size = {b"list": client.llen, b"hash": client.hlen, b"zset": client.zcard}.get(client.type(key))
             if size is not None:

@@ -219,7 +219,8 @@ class Scene:
 
     def replays(self, *ids: str, times: int = 1, **options: Any) -> None:
         """Send dead letters again, and check that each took effect once, and is dead no more."""
-        self.shop.app.dead_letters.replay(**options)
+        report = self.shop.app.dead_letters.replay(**options)
+        assert (report.replayed, report.refused) == (len(ids), 0), report
         for task_id in ids:
             self.reached("effect", task_id, times=times)
         eventually(lambda: not self.letters, within=10, what=lambda: f"no letters, but {self.told()}")
@@ -290,9 +291,15 @@ class Scene:
 
     def told(self) -> str:
         """Say all there is to say, for an assertion that failed."""
+        try:
+            return "".join(f"\n  {name}: {value}" for name, value in self._facts().items())
+        except Exception as error:  # the broker may be away
+            return f"{len(self.sent)} sent, and the broker says {error!r}"
+
+    def _facts(self) -> dict[str, Any]:
         effects = self.ledger.counts("effect")
         twice = {task_id: count for task_id, count in effects.items() if count > 1}
-        parts = {
+        return {
             "sent": len(self.sent),
             "effects": len(effects),
             "neither done nor dead": sorted(self._open())[:5],
@@ -300,7 +307,6 @@ class Scene:
             "broker": self._held(),
             "dead": [(letter.note.id, letter.note.reason) for letter in self.letters][:10],
         }
-        return "".join(f"\n  {name}: {value}" for name, value in parts.items())
 
     def close(self) -> None:
         for node in self.logs:

@@ -292,6 +292,6 @@ def test_a_task_that_nobody_knows_is_kept_dead_after_the_grace_and_replayed_to_w
     assert time.monotonic() - started > 3
     node.stop()
     scene.worker(deploy="new")
-    scene.replays(sent.id, check=False)
+    scene.replays(sent.id, force=True)
 
     scene.verdict("A task that nobody knows, replayed once a worker does")
