@@ -114,7 +114,8 @@ def _within(seconds: float, look: Callable[[], list[Sighting]]) -> list[Sighting
 def _in_broker(app: Any, task_id: str) -> Iterator[Sighting]:
     with app.connection_for_write() as connection:
         if connection.transport.driver_type != "redis":
-            says = f"cannot say: {connection.transport.driver_name} shows no message without taking it out of its queue"
+            broker = "RabbitMQ" if connection.transport.driver_type == "amqp" else connection.transport.driver_type
+            says = f"cannot say: {broker} shows no message without taking it out of its queue"
             yield Sighting(place="queues", is_there=None, says=says)
             return
         letters = app.settings.kit.dead_letter_queue
