@@ -9,11 +9,12 @@ lie, and how they are moved, is `celerykit.letters`.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -32,12 +33,14 @@ __all__ = [
     "Outgoing",
     "Payload",
     "Reason",
+    "described",
     "error_fingerprint",
     "identify",
     "letter_id",
     "payload_of",
     "repaired",
     "replay_mark",
+    "rewritten",
 ]
 
 #: The header of a dead letter that is ours.
@@ -213,14 +216,14 @@ class Note:
         return cls(letter=letter, reason=reason, **{"died_at": 0.0, **known})
 
     @classmethod
-    def made_up(cls, headers: Mapping[str, Any], body: bytes | str | None) -> Self:
+    def made_up(cls, headers: Mapping[str, Any], body: bytes | str | None, *, reason: Reason = "rejected") -> Self:
         """Write a note for a message that somebody else put among the letters, such as a queue's own limit."""
         ours, deaths = Headers.of(headers), headers.get("x-death")
         death = deaths[0] if isinstance(deaths, list) and deaths and isinstance(deaths[0], Mapping) else {}
         died = death.get("time")
         return cls(
             letter=identify(headers, body),
-            reason=_BROKERS_REASONS.get(str(death.get("reason")), "rejected"),
+            reason=_BROKERS_REASONS.get(str(death.get("reason")), reason),
             died_at=died.replace(tzinfo=died.tzinfo or UTC).timestamp() if isinstance(died, datetime) else 0.0,
             task=_text(headers.get("task")),
             id=_text(headers.get("id")),
@@ -354,6 +357,58 @@ def _json_of(letter: Letter) -> Any:
         return json.loads(letter.body.decode(letter.content_encoding or "utf-8"))
     except (ValueError, LookupError, RecursionError):
         return None
+
+
+def described(letter: Letter, *, arguments: bool) -> dict[str, Any]:
+    """
+    Write a letter as plain data.
+
+    Args:
+        arguments:
+            With headers and body. These are the call's own, and may be secret.
+    """
+    note = {name: value for name, value in asdict(letter.note).items() if value is not None}
+    note["ledger"] = [attempt._asdict() for attempt in letter.note.ledger]
+    if not arguments:
+        return note
+    body = _json_of(letter)
+    written = {"body": body} if body is not None else {"body_base64": base64.b64encode(letter.body).decode()}
+    kinds = {"content_type": letter.content_type, "content_encoding": letter.content_encoding}
+    return {"note": note, **written, **kinds, "headers": letter.headers, "properties": letter.properties}
+
+
+def rewritten(
+    letter: Letter,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    contract: str | None,
+    encode: Callable[[Any], str] = json.dumps,
+) -> Letter:
+    """
+    Give a letter with other arguments; what is to follow on its call stays.
+
+    Args:
+        contract:
+            The fingerprint of the contract that they were checked against.
+    """
+    payload, headers = payload_of(letter), dict(letter.headers)
+    # They show what the arguments were.
+    for name in ("argsrepr", "kwargsrepr", "compression"):
+        headers.pop(name, None)
+    body: Any = [args, kwargs, payload.embed if payload else _NOTHING_FOLLOWS]
+    if payload and "task" not in headers:
+        body = {**_json_of(letter), "args": args, "kwargs": kwargs}
+    return replace(
+        letter,
+        body=encode(body).encode(),
+        headers=replace(Headers.of(headers), contract=contract).added_to(headers),
+        content_type="application/json",
+        content_encoding="utf-8",
+    )
+
+
+_NOTHING_FOLLOWS: Mapping[str, Any] = dict.fromkeys(("callbacks", "errbacks", "chain", "chord"))
 
 
 # Which

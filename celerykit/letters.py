@@ -1,52 +1,38 @@
 """
-The queue of dead letters: how messages get there, and how a person gets them out again.
+Dead letters on their way: into their queue, and, when a person says so, out of it again.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
+import logging
 import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 from weakref import WeakKeyDictionary
 
-import kombu
-
-from celerykit.dead_letters import HEADER, Letter, Note
-from celerykit.errors import EnqueueError
+from celerykit.dead_letters import Filter, Letter, described
+from celerykit.errors import EnqueueError, LetterNotFound
+from celerykit.letter_queues import Held, LetterQueue, declare, letter_of, letter_queue, publish
 from celerykit.publishing import UnreachableBroker, sending
+from celerykit.replay import Change, Refusal, Replay, Report, edited
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
-__all__ = ["bury", "letter_of"]
+__all__ = ["Cause", "Change", "DeadLetters", "Refusal", "Report", "Which", "bury", "letter_of"]
 
-#: What of a message's properties a letter keeps. Not `expiration`, with which it would vanish, nor `priority`, which is
-#: for its own queue, nor `user_id`, which RabbitMQ refuses from anybody else.
-_KEPT = ("correlation_id", "reply_to", "message_id", "type", "app_id")
+log = logging.getLogger("celerykit.dead_letters")
 
-#: Of a frame, for what is not headers.
-_ROOM = 2048
+# In
+
 
 #: In which processes the queue is known to be there, by app.
 _declared: WeakKeyDictionary[CeleryKit, set[int]] = WeakKeyDictionary()
-
-
-def letter_of(message: Any, note: Note) -> Letter:
-    """Make a letter of a message as Kombu received it, whether or not it can be decoded."""
-    headers = {name: value for name, value in (message.headers or {}).items() if name != HEADER}
-    if not message.errors:
-        # Kombu has unpacked the body by now, and would do so again.
-        headers.pop("compression", None)
-    body = message.body
-    return Letter(
-        note=note,
-        body=body.encode(errors="surrogatepass") if isinstance(body, str) else bytes(body or b""),
-        headers=headers,
-        content_type=message.content_type,
-        content_encoding=message.content_encoding,
-        properties={name: value for name, value in message.properties.items() if name in _KEPT and value},
-    )
 
 
 def bury(app: CeleryKit, letter: Letter) -> None:
@@ -72,82 +58,276 @@ def _bury(app: CeleryKit, letter: Letter) -> None:
     name = app.settings.kit.dead_letter_queue
     here = _declared.setdefault(app, set())
     with app.producer_pool.acquire(block=True) as producer:
-        # Asked for its channel, it connects.
-        connection = cast("Any", producer.channel).connection.client
         if os.getpid() not in here:
-            declare(connection, name)
+            # Asked for its channel, it connects.
+            declare(cast("Any", producer.channel).connection.client, name)
             here.add(os.getpid())
         try:
             publish(producer, letter, queue=name)
-        except connection.channel_errors:
-            # On RabbitMQ: the queue is gone. It is made again at the next try.
+        except Exception:
+            # The queue may be gone. It is looked for at the next try.
             here.discard(os.getpid())
             raise
 
 
-def publish(producer: Any, letter: Letter, *, queue: str) -> None:
-    """Publish a letter to a queue that exists."""
-    producer.publish(
-        letter.body,
-        exchange="",
-        routing_key=queue,
-        headers={**letter.headers, HEADER: letter.note.to_header(**_limit(producer.channel, letter.headers))},
-        content_type=letter.content_type or "application/data",
-        content_encoding=letter.content_encoding or "binary",
-        delivery_mode=2,
-        # RabbitMQ confirms what it has no queue for, unless it is told to give it back.
-        mandatory=True,
-        retry=True,
-        retry_policy={"max_retries": 1, "interval_start": 0},
-        **letter.properties,
-    )
+# Out
 
 
-def _limit(channel: Any, headers: Mapping[str, Any]) -> dict[str, int]:
-    """Keep all headers of an AMQP message within the one frame they must fit."""
-    frame = getattr(channel.connection, "frame_max", None)
-    if not frame:
-        return {}
-    room = int(frame) - _ROOM - len(json.dumps(dict(headers), default=str))
-    return {"limit": min(16 * 1024, max(room, 1024))}
-
-
-def declare(connection: Any, name: str) -> None:
+class Which(TypedDict, total=False):
     """
-    Make the queue of dead letters, unless there is one, however it was made.
+    Which letters are meant: those for which all that is given is true.
 
-    On RabbitMQ: a quorum queue without a limit of deliveries. Each look at a letter counts as one.
+    Attributes:
+        task:
+            A task, or its name, in which ``*`` and ``?`` stand for any text and any character.
+
+        since, until:
+            Of the death. A ``timedelta`` counts back from now.
+
+    The others are those of `celerykit.dead_letters.Filter`.
     """
-    with connection.channel() as channel:
-        version = _rabbitmq(channel)
-        if version is None:
-            _queue(name, {})(channel).declare()
-        elif not _exists(connection, name):
-            # Version 4 has a limit unless told otherwise. To version 3, -1 is a limit that drops a message at once.
-            unlimited = {"x-delivery-limit": -1} if version >= (4,) else {}
-            _queue(name, {"x-queue-type": "quorum", **unlimited})(channel).declare()
+
+    task: Any
+    reason: str | Collection[str] | None
+    error: str | None
+    since: datetime | timedelta | float | None
+    until: datetime | timedelta | float | None
+    id: str | Collection[str] | None
+    fingerprint: str | None
+    queue: str | None
 
 
-def _rabbitmq(channel: Any) -> tuple[int, ...] | None:
-    """Tell the version of RabbitMQ; None for brokers that do not speak AMQP."""
-    server = getattr(channel.connection, "server_properties", None)
-    if server is None:
-        return None
-    version = str(server.get("version", "")).split(".")
-    return tuple(int(part) for part in version if part.isdecimal()) or (0,)
+@dataclass(slots=True)
+class Cause:
+    """
+    Letters that died of one thing.
+
+    Attributes:
+        letter, message:
+            Of the first one that was found.
+
+        first, last:
+            When they died, in seconds since 1970.
+    """
+
+    fingerprint: str
+    task: str | None
+    reason: str
+    error: str
+    message: str
+    letter: str
+    first: float
+    last: float
+    count: int = 0
 
 
-def _exists(connection: Any, name: str) -> bool:
-    try:
-        # On a channel of its own, which the broker closes if not.
-        with connection.channel() as channel:
-            channel.queue_declare(name, passive=True)
-    except connection.channel_errors:
-        return False
-    return True
+class DeadLetters:
+    """
+    What no worker could finish: to find, repair and replay.
+
+    Args:
+        lock_within:
+            How long to wait, in seconds, for somebody else who walks through
+            the letters. On RabbitMQ one person can at a time.
+
+    Every method raises `LettersLocked` when that is not long enough, and
+    `EnqueueError` when the broker cannot be reached.
+    """
+
+    def __init__(self, app: CeleryKit, *, lock_within: float = 5.0) -> None:
+        self._app = app
+        self.lock_within = lock_within
+
+    # To look at
+
+    def find(self, *, limit: int | None = None, **which: Unpack[Which]) -> Iterator[Letter]:
+        """
+        Give letters, in general the oldest first, while they are read.
+
+        None is taken away. On RabbitMQ others wait until this is at its end, or closed.
+        """
+        with self._queue() as queue:
+            for number, held in enumerate(_matching(queue, _filter(which)), start=1):
+                yield held.letter
+                if number == limit:
+                    return
+
+    def get(self, id: str) -> Letter:  # noqa: A002  (what it is)
+        """
+        Give the letter with this id, or with an id that begins so, or the only one of a task's id.
+
+        Raises:
+            LetterNotFound: There is none, or more than one.
+        """
+        with self._queue() as queue:
+            return self._hold(queue, id).letter
+
+    def count(self, **which: Unpack[Which]) -> int:
+        """Count letters."""
+        with self._queue() as queue:
+            return sum(1 for _ in _matching(queue, _filter(which))) if which else queue.count()
+
+    def top(self, **which: Unpack[Which]) -> list[Cause]:
+        """Group letters by what they died of, the most frequent first."""
+        causes: dict[tuple[Any, ...], Cause] = {}
+        for letter in self.find(**which):
+            note = letter.note
+            key = (note.fingerprint, note.reason, note.task)
+            if key not in causes:
+                known = (note.fingerprint, note.task, note.reason, note.error, note.message, note.letter)
+                causes[key] = Cause(*known, first=note.died_at, last=note.died_at)
+            cause = causes[key]
+            cause.count += 1
+            cause.first, cause.last = min(cause.first, note.died_at), max(cause.last, note.died_at)
+        return sorted(causes.values(), key=lambda cause: (-cause.count, -cause.last))
+
+    def export(self, **which: Unpack[Which]) -> Iterator[str]:
+        """Write each letter, arguments included, as a line of JSON; a body that is not JSON as base64."""
+        for letter in self.find(**which):
+            yield json.dumps(described(letter, arguments=True), default=str)
+
+    # To change
+
+    def replay(
+        self,
+        *,
+        rate: str | float | None = None,
+        edit: Change | None = None,
+        dry_run: bool = False,
+        force: bool = False,
+        new_ids: bool = False,
+        limit: int | None = None,
+        on_progress: Callable[[Report], Any] | None = None,
+        **which: Unpack[Which],
+    ) -> Report:
+        """
+        Send letters again, each to the queue it came from, under its old id.
+
+        Each is checked against the contract that its task has here; what does
+        not fit stays, and the report says why. Stopped in the middle, it can be
+        done again: a letter that was replayed is gone, or is known to have been.
+
+        Args:
+            rate:
+                At most: ``"20/s"``, ``"100/m"``, or a number in a second.
+
+            edit:
+                Changes the arguments first.
+
+            dry_run:
+                Only tell what would be replayed, and what would be refused.
+
+            force:
+                Also letters of tasks that are not known here.
+
+            new_ids:
+                Let each be a call of its own; nobody who waits for the old one hears of it.
+
+            on_progress:
+                Is told after each letter.
+        """
+        send = Replay(self._app, rate=rate, edit=edit, force=force, new_ids=new_ids, dry_run=dry_run)
+        with self._queue() as queue:
+            for held in _matching(queue, _filter(which)):
+                send(queue, held)
+                if on_progress is not None:
+                    on_progress(send.report)
+                if send.report.total == limit:
+                    break
+        return send.report
+
+    def edit(self, id: str, change: Change) -> Letter:  # noqa: A002
+        """
+        Change the arguments of a letter, which stays where it is, and return it.
+
+        One that cannot be decoded begins with no arguments at all.
+
+        Raises:
+            LetterNotFound: There is no such letter, or more than one, or it is gone by now.
+
+            InvalidPayload: What *change* returned does not fit the task.
+        """
+        with self._queue() as queue:
+            held = self._hold(queue, id)
+            letter = edited(self._app, held.letter, change)
+            if not queue.replace(held, letter):
+                raise LetterNotFound(f"The letter {letter.id} was taken away meanwhile.")
+            return letter
+
+    def purge(self, **which: Unpack[Which]) -> int:
+        """Throw letters away for good, all if nothing is said; return how many."""
+        with self._queue() as queue:
+            return sum(queue.remove(held) for held in _matching(queue, _filter(which)))
+
+    def evict(self) -> int:
+        """
+        Throw away what is older than ``DEAD_LETTER_KEEP``, and the oldest beyond ``DEAD_LETTER_MAX``; return how many.
+
+        Each is logged.
+        """
+        kit = self._app.settings.kit
+        too_old = time.time() - kit.dead_letter_keep.total_seconds()
+        evicted = 0
+        with self._queue() as queue:
+            surplus = queue.count() - kit.dead_letter_max
+            for held in _oldest(queue, surplus=surplus, too_old=too_old):
+                if queue.remove(held):
+                    evicted += 1
+                    _tell_evicted(held.letter)
+        return evicted
+
+    # Behind them
+
+    def _queue(self) -> Any:
+        return letter_queue(self._app, lock_within=self.lock_within)
+
+    def _hold(self, queue: LetterQueue, name: str) -> Held:
+        found: list[Held] = []
+        for held in _matching(queue, Filter(id=name)):
+            if held.letter.id == name:
+                return held
+            found.append(held)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            letters = ", ".join(held.letter.id for held in found[:5])
+            raise LetterNotFound(f"{len(found)} letters are called {name}: {letters}. Say which by its own id.")
+        raise LetterNotFound(f"There is no dead letter {name} in {queue.name}.")
 
 
-def _queue(name: str, arguments: Mapping[str, Any]) -> kombu.Queue:
-    return kombu.Queue(
-        name, exchange=kombu.Exchange(""), routing_key=name, durable=True, queue_arguments=dict(arguments)
-    )
+def _filter(which: Which) -> Filter:
+    task = which.get("task")
+    told: dict[str, Any] = {**which, "since": _moment(which.get("since")), "until": _moment(which.get("until"))}
+    return Filter(**told | {"task": getattr(task, "name", task)})
+
+
+def _moment(time_: datetime | timedelta | float | None) -> float | None:
+    if isinstance(time_, timedelta):
+        return time.time() - time_.total_seconds()
+    return time_.timestamp() if isinstance(time_, datetime) else time_
+
+
+def _matching(queue: LetterQueue, which: Filter) -> Iterator[Held]:
+    return (held for held in queue.walk() if which.matches(held.letter.note))
+
+
+def _oldest(queue: LetterQueue, *, surplus: int, too_old: float) -> Iterator[Held]:
+    """Give the *surplus* oldest letters, and those that died before *too_old*."""
+    if not queue.is_ordered:
+        died = (held.letter.note.died_at for held in queue.walk())
+        too_old = max([too_old, *heapq.nsmallest(surplus, died)]) if surplus > 0 else too_old
+        surplus = 0
+    for number, held in enumerate(queue.walk()):
+        # A letter whose death nobody dated is no older than others.
+        is_old = 0 < held.letter.note.died_at <= too_old
+        if number < surplus or is_old:
+            yield held
+        elif queue.is_ordered:
+            return
+
+
+def _tell_evicted(letter: Letter) -> None:
+    note = asdict(letter.note)
+    facts = {name: note[name] for name in ("letter", "task", "id", "reason", "error", "died_at")}
+    words = " ".join(f"{name}={value}" for name, value in facts.items())
+    log.warning("dead_letter.evicted %s", words, extra={"dead_letter": facts})
