@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import celery
+import kombu
 
 from celerykit.settings import Kit, mask_text
 
@@ -72,6 +73,12 @@ class QueueFacts:
     is_broadcast: bool = False
     arguments: Mapping[str, Any]
 
+    @property
+    def delivery_limit(self) -> int | None:
+        """After how many deliveries RabbitMQ throws a message away, as it is told."""
+        limit = self.arguments.get("x-delivery-limit")
+        return limit if isinstance(limit, int) else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
@@ -92,6 +99,9 @@ class Facts:
             Seconds after which the broker gives an unacknowledged message to
             somebody else; None where it does not, or where leases are renewed.
 
+        leases_problem:
+            Why leases cannot be renewed.
+
         has_backend:
             Whether results are kept at all.
 
@@ -111,6 +121,7 @@ class Facts:
     broker_problem: str = ""
     backend_problem: str = ""
     visibility: float | None = None
+    leases_problem: str = ""
     has_backend: bool = True
     can_join: bool = True
     chords: Sequence[str] = ()
@@ -130,6 +141,7 @@ def facts_of(app: Any) -> Facts:
     app.finalize()
     broker, broker_problem = _broker(app)
     has_backend, can_join, backend_problem = _backend(app)
+    leases_problem = _leases_problem(broker)
     tasks = [task for name, task in sorted(app.tasks.items()) if not name.startswith("celery.")]
     return Facts(
         kit=app.settings.kit,
@@ -137,7 +149,8 @@ def facts_of(app: Any) -> Facts:
         broker=broker,
         broker_problem=broker_problem,
         backend_problem=backend_problem,
-        visibility=_visibility(app, broker),
+        visibility=_visibility(app, broker, leases_problem),
+        leases_problem=leases_problem,
         has_backend=has_backend,
         can_join=can_join,
         chords=sorted(_with_chord(tasks)),
@@ -176,8 +189,18 @@ def _told(error: Exception) -> str:
     return mask_text(f"{type(error).__name__}: {error}").strip().removesuffix(".")
 
 
-def _visibility(app: Any, broker: str) -> float | None:
-    if broker not in _VISIBILITY or (broker == "redis" and app.settings.kit.profile != "stock"):
+def _leases_problem(broker: str) -> str:
+    if broker != "redis":
+        return ""
+    from celerykit.redis_broker import whats_unknown
+
+    unknown = whats_unknown()
+    return unknown and f"this is Kombu {cast('Any', kombu).__version__}, and {unknown}"
+
+
+def _visibility(app: Any, broker: str, leases_problem: str) -> float | None:
+    has_leases = broker == "redis" and app.settings.kit.profile != "stock" and not leases_problem
+    if broker not in _VISIBILITY or has_leases:
         return None
     return float(app.conf.broker_transport_options.get("visibility_timeout") or _VISIBILITY[broker])
 

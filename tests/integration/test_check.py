@@ -86,11 +86,13 @@ def test_a_broker_that_evicts_is_refused(kept: Server, admin: Any) -> None:
 
 
 def test_a_user_with_few_rights_is_told_what_is_unknown(kept: Server, admin: Any) -> None:
-    admin.execute_command("ACL", "SETUSER", "poor", "on", f">{SECRET}", "~*", "&*", "+@all", "-config", "-info")
+    admin.execute_command(
+        "ACL", "SETUSER", "poor", "on", f">{SECRET}", "~*", "&*", "+@all", "-config", "-info", "-eval"
+    )
     report = checked(kept.url.replace("://", f"://poor:{SECRET}@"))
 
-    assert codes(report) == {"redis-untold": "info"}
-    assert "INFO, CONFIG GET appendfsync" in report.findings[0].what
+    assert codes(report) == {"redis-no-scripts": "error", "redis-untold": "info"}
+    assert "INFO, CONFIG GET appendfsync" in report.findings[1].what
     assert SECRET not in report.as_text() + report.as_json()
 
 
@@ -242,6 +244,11 @@ def test_missing_rights_are_found(rabbitmq: Any, connection: Any, queue: Any, ex
     rabbitmqctl(rabbitmq, "set_permissions", "-p", "/", user, "^work|^celery", "^work|^celery", "^celery")
     if exists:
         connection.channel().queue_declare(letters, durable=True, auto_delete=False)
+        assert codes(checked(rabbitmq.url, task_queues=[queue], dead_letter_queue=letters)) == {
+            "dead-letters-not-quorum": "warning",
+            "store-per-process": "info",
+            "rabbitmq-untold": "info",
+        }
     url = rabbitmq.url.replace("guest:guest", f"{user}:{SECRET}")
     report = checked(url, task_queues=[queue], dead_letter_queue=letters)
 

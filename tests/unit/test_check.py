@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import celery
@@ -97,6 +97,7 @@ CASES = [
     (facts(conf={"worker_prefetch_multiplier": 0}), {"prefetch-unlimited": "warning"}),
     (facts(kit={"lease": 1}), {"short-lease": "warning"}),
     (rabbit(kit={"lease": 1}), {}),
+    (facts(leases_problem="this is Kombu 9.9"), {"leases-off": "warning"}),
     (facts(store_is_shared=False), {"store-per-process": "info"}),
     (
         facts(store_is_shared=False, tasks=[task(on_crash="bury", time_limit=5)]),
@@ -196,7 +197,8 @@ LIVE_CASES = [
     ({"redis": [redis(name="Redis", version=(6, 0, 9))]}, {"redis-old": "error"}),
     ({"redis": [redis(name="Redis", version=(6, 2, 0))]}, {}),
     ({"redis": [redis(ahead=-8.0)]}, {"clock-differs": "warning"}),
-    ({"redis": [redis(ahead=40.0)]}, {"clock-differs": "error"}),
+    ({"redis": [redis(ahead=0.5)]}, {}),
+    ({"redis": [redis(may_eval=False)]}, {"redis-no-scripts": "error"}),
     ({"redis": [redis(keeps=None, untold=("INFO",))]}, {"redis-untold": "info"}),
     ({"rabbitmq": rabbitmq()}, {"rabbitmq-untold": "info"}),
     (
@@ -214,6 +216,10 @@ LIVE_CASES = [
     (
         {"rabbitmq": rabbitmq(QueueAnswers(name="dead_letters", missing_rights=("read",)))},
         {"dead-letters-no-rights": "error", "rabbitmq-untold": "info"},
+    ),
+    (
+        {"rabbitmq": rabbitmq(QueueAnswers(name="dead_letters", type="classic"))},
+        {"dead-letters-not-quorum": "warning", "rabbitmq-untold": "info"},
     ),
     (
         {"rabbitmq": rabbitmq(may_publish_letters=False)},
@@ -238,6 +244,14 @@ def test_live_rule(answers: dict[str, Any], findings: dict[str, str]) -> None:
     assert found_live(rabbit() if "rabbitmq" in answers else facts(), **answers) == findings
 
 
+def test_a_delivery_limit_below_0_is_for_rabbitmq_4() -> None:
+    known = rabbit(queues=[queue(delivery_limit=-1)])
+    older = RabbitMQAnswers(version=(3, 13, 7), letters=QueueAnswers(name="dead_letters"))
+
+    assert found_live(known, rabbitmq=rabbitmq()) == {"rabbitmq-untold": "info"}
+    assert found_live(known, rabbitmq=older) == {"negative-delivery-limit": "error", "rabbitmq-untold": "info"}
+
+
 def test_every_code_is_in_the_docs_and_tried_here() -> None:
     folder = Path(celerykit.check.rules.__file__).parent
     written = "".join(path.read_text() for path in folder.glob("*.py"))
@@ -247,7 +261,7 @@ def test_every_code_is_in_the_docs_and_tried_here() -> None:
 
     assert len(codes) > 45
     assert codes == set(re.findall(r"^\| `([a-z-]+)` \|", docs, re.MULTILINE))
-    assert codes == tried
+    assert codes == tried | {"negative-delivery-limit"}
 
 
 # Facts
@@ -350,6 +364,9 @@ def test_a_managed_redis_that_refuses_config_tells_the_rest() -> None:
 
             raise redis.ResponseError("unknown command 'CONFIG'")
 
+        def eval(self, script: str, keys: int) -> int:
+            return 1
+
         def time(self) -> tuple[int, int]:
             return int(time.time()), 0
 
@@ -432,6 +449,14 @@ def test_an_error_ends_it_with_1(run: Any) -> None:
     assert report["live"] is False
     assert report["findings"][0]["code"] == "pickle-accepted"
     assert report["findings"][0]["fix"]
+
+
+def test_under_celerys_command_line_the_app_is_celerys(make_app: Any) -> None:
+    celerys = SimpleNamespace(app=make_app(broker="redis://nowhere", backend="redis://nowhere"))
+    result = CliRunner().invoke(check, [], obj=celerys)
+
+    assert result.exit_code == 0
+    assert "Nothing found" in result.stdout
 
 
 def test_wrong_settings_end_it_with_1(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

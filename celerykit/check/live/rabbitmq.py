@@ -41,6 +41,9 @@ class QueueAnswers:
         messages:
             How many wait; None without a queue.
 
+        type:
+            As it is at the broker, where that could be found out.
+
         missing_rights:
             What the user may not do with it: ``configure`` (declare it), ``read`` (consume).
 
@@ -50,6 +53,7 @@ class QueueAnswers:
 
     name: str
     messages: int | None = None
+    type: str | None = None
     missing_rights: tuple[str, ...] = ()
     differs: str = ""
 
@@ -114,31 +118,34 @@ class _Questions:
         )
 
     def _queue(self, name: str, declared: Any) -> QueueAnswers:
-        messages = self._on(self._writing, lambda channel: channel.queue_declare(queue=name, passive=True))
-        is_there = not isinstance(messages, Exception)
-        missing_rights = self._missing_rights(name) if self._is_rabbitmq else ()
+        passive = self._on(self._writing, lambda channel: channel.queue_declare(queue=name, passive=True))
+        messages = None if isinstance(passive, Exception) else passive.message_count
+        if not self._is_rabbitmq:
+            return QueueAnswers(name=name, messages=messages)
+        refused = {"configure": self._declare_nonsense(name), "read": self._consume_nonsense(name)}
+        missing_rights = tuple(right for right, answer in refused.items() if isinstance(answer, AccessRefused))
         differs = None
-        if is_there and declared is not None and "configure" not in missing_rights:
+        if messages is not None and declared is not None and "configure" not in missing_rights:
             differs = self._on(self._writing, lambda channel: declared(channel).queue_declare())
         return QueueAnswers(
             name=name,
-            messages=messages.message_count if is_there else None,
+            messages=messages,
+            type=_type(refused["configure"]) if messages is not None else None,
             missing_rights=missing_rights,
             differs=_reason(differs) if isinstance(differs, PreconditionFailed) else "",
         )
 
-    def _missing_rights(self, name: str) -> tuple[str, ...]:
-        refused = {
-            "configure": self._on(
-                self._writing,
-                lambda channel: channel.queue_declare(queue=name, durable=True, auto_delete=False, arguments=_NONSENSE),
-            ),
-            "read": self._on(
-                self._reading,
-                lambda channel: channel.basic_consume(queue=name, arguments={"x-priority": "celerykit-check"}),
-            ),
-        }
-        return tuple(right for right, answer in refused.items() if isinstance(answer, AccessRefused))
+    def _declare_nonsense(self, name: str) -> Any:
+        return self._on(
+            self._writing,
+            lambda channel: channel.queue_declare(queue=name, durable=True, auto_delete=False, arguments=_NONSENSE),
+        )
+
+    def _consume_nonsense(self, name: str) -> Any:
+        return self._on(
+            self._reading,
+            lambda channel: channel.basic_consume(queue=name, arguments={"x-priority": "celerykit-check"}),
+        )
 
     def _may_publish(self) -> bool:
         # To a queue that is not there: RabbitMQ drops it.
@@ -198,3 +205,10 @@ class _Questions:
 
 def _reason(error: PreconditionFailed) -> str:
     return mask_text(str(error.reply_text)).removeprefix("PRECONDITION_FAILED - ")
+
+
+def _type(refusal: Any) -> str | None:
+    """Read a queue's type in the refusal of another."""
+    found = re.search(r"current is (?:'(\w+)'|none)", str(refusal))
+    # Without an argument it is what queues are there by default: classic, unless somebody changed that.
+    return (found[1] or "classic") if found else None

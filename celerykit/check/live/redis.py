@@ -39,6 +39,9 @@ class RedisAnswers:
         ahead:
             Seconds that its clock is ahead of ours.
 
+        may_eval:
+            Whether this user may run scripts.
+
         untold:
             What it would not say.
     """
@@ -55,6 +58,7 @@ class RedisAnswers:
     used: int | None = None
     is_replica: bool | None = None
     ahead: float | None = None
+    may_eval: bool | None = None
     untold: tuple[str, ...] = ()
 
 
@@ -78,6 +82,7 @@ def ask_redis(client: Any, *, role: Literal["broker", "results"]) -> RedisAnswer
         used=server.get("used_memory"),
         is_replica=server["role"] == "slave" if "role" in server else None,
         ahead=ahead,
+        may_eval=_may_eval(client),
         untold=tuple(untold),
     )
 
@@ -88,6 +93,14 @@ def _or_untold(untold: list[str], what: str, question: Callable[[], Any]) -> Any
     except redis.ResponseError:  # no right to, or no such command
         untold.append(what)
         return None
+
+
+def _may_eval(client: Any) -> bool:
+    try:
+        client.eval("return 1", 0)
+    except redis.ResponseError:
+        return False
+    return True
 
 
 def _ahead(client: Any) -> float:

@@ -82,7 +82,7 @@ def delivery_limit(facts: Facts) -> Iterator[Finding]:
     """Find queues that throw a message away before our worker can bury it."""
     quorum = [queue for queue in _work(facts) if queue.type == "quorum"]
     yield from _about(
-        (queue for queue in quorum if 0 <= _limit(queue, otherwise=-1) <= facts.kit.max_deliveries),
+        (queue for queue in quorum if _is_low(queue.delivery_limit, facts.kit.max_deliveries)),
         "low-delivery-limit",
         "error",
         what=f"RabbitMQ throws a message away after x-delivery-limit deliveries, before {facts.kit.max_deliveries} "
@@ -90,7 +90,7 @@ def delivery_limit(facts: Facts) -> Iterator[Finding]:
         fix="Set x-delivery-limit to 100 or more: deliveries at each deploy count, and starts do not.",
     )
     yield from _about(
-        (queue for queue in quorum if "x-delivery-limit" not in queue.arguments),
+        (queue for queue in quorum if queue.delivery_limit is None),
         "no-delivery-limit",
         "warning",
         what="without x-delivery-limit RabbitMQ 4 throws a message away after 20 deliveries, each deploy one.",
@@ -98,9 +98,9 @@ def delivery_limit(facts: Facts) -> Iterator[Finding]:
     )
 
 
-def _limit(queue: QueueFacts, *, otherwise: int) -> int:
-    limit = queue.arguments.get("x-delivery-limit", otherwise)
-    return limit if isinstance(limit, int) else otherwise
+def _is_low(limit: int | None, starts: int) -> bool:
+    # Below 0 there is none, to RabbitMQ 4.
+    return limit is not None and 0 <= limit <= starts
 
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (classic, priority, transient, dropping, delivery_limit)

@@ -76,6 +76,32 @@ def letter_rights(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
         )
 
 
+def letter_queue(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find dead letters that are less safe than the work was."""
+    queue = broker.letters
+    if queue.type not in (None, "quorum"):
+        yield Finding(
+            "dead-letters-not-quorum",
+            "warning",
+            f"{queue.name} is a {queue.type} queue, on one node only; a quorum queue is what celerykit makes.",
+            "Export or replay its letters, and delete it: it is made anew when it is needed.",
+            (queue.name,),
+        )
+
+
+def negative_limit(facts: Facts, broker: RabbitMQAnswers) -> Iterator[Finding]:
+    """Find what means no limit to RabbitMQ 4, and none at all to RabbitMQ 3."""
+    names = tuple(queue.name for queue in facts.queues if (queue.delivery_limit or 0) < 0)
+    if names and broker.is_rabbitmq and broker.version < (4,):
+        yield Finding(
+            "negative-delivery-limit",
+            "error",
+            f"{named(names)}: to RabbitMQ before 4, an x-delivery-limit below 0 throws away what is given back once.",
+            "Set it to a large number.",
+            names,
+        )
+
+
 def _rights(missing: tuple[str, ...]) -> str:
     words = {"configure": "declare", "read": "consume from"}
     return " or ".join(words[right] for right in missing)
@@ -125,6 +151,8 @@ _OF_BROKER: tuple[Callable[[Facts, RabbitMQAnswers], Iterator[Finding]], ...] = 
     differing,
     work_rights,
     letter_rights,
+    letter_queue,
+    negative_limit,
     delays,
     unknown,
 )

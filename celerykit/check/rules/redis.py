@@ -14,12 +14,16 @@ __all__ = ["RULES"]
 #: For LMOVE and its kin, by which a message is taken without being lost in between.
 _OLDEST = (6, 2)
 
+#: Seconds by which clocks may differ before somebody notices.
+_CLOCK = 5
+
 #: The part of its memory from which on a server is nearly full.
 _FULL = 0.9
 
 
-def _name(server: RedisAnswers) -> str:
-    return f"The broker ({server.name})" if server.role == "broker" else f"The result backend's {server.name}"
+def _name(server: RedisAnswers, *, first: bool = True) -> str:
+    name = f"the broker ({server.name})" if server.role == "broker" else f"the result backend's {server.name}"
+    return f"T{name[1:]}" if first else name
 
 
 def forgets(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
@@ -107,17 +111,27 @@ def old(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
 
 def clock(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
     """Find a clock that is not the broker's."""
-    lease = facts.kit.lease.total_seconds()
-    if server.role != "broker" or server.ahead is None or abs(server.ahead) < lease / 4:
+    if server.ahead is None or abs(server.ahead) < _CLOCK:
         return
     word = "behind" if server.ahead > 0 else "ahead of"
     yield Finding(
         "clock-differs",
-        "error" if abs(server.ahead) >= lease else "warning",
-        f"This machine's clock is {abs(server.ahead):.1f} s {word} the broker's, and leases last {lease:g} s: of "
-        "workers whose clocks differ, one takes the other's messages.",
-        "Let NTP or chrony keep the clocks of all workers.",
+        "warning",
+        f"This machine's clock is {abs(server.ahead):.1f} s {word} that of {_name(server, first=False)}: workers whose "
+        "clocks differ start countdowns early or late, and take for expired what is not.",
+        "Let NTP or chrony keep the clocks of all machines.",
     )
+
+
+def no_scripts(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a server that refuses what leases and counts are made of."""
+    if server.may_eval is False:
+        yield Finding(
+            "redis-no-scripts",
+            "error",
+            f"{_name(server)} lets this user run no scripts, which leases, counts and marks are made of.",
+            "Give the user EVAL and EVALSHA (ACL SETUSER … +@scripting).",
+        )
 
 
 def untold(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
@@ -138,6 +152,7 @@ _OF_ONE: tuple[Callable[[Facts, RedisAnswers], Iterator[Finding]], ...] = (
     replica,
     old,
     clock,
+    no_scripts,
     untold,
 )
 

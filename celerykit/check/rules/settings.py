@@ -164,6 +164,17 @@ def short_lease(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def leases(facts: Facts) -> Iterator[Finding]:
+    """Find messages that nobody renews."""
+    if facts.leases_problem:
+        yield Finding(
+            "leases-off",
+            "warning",
+            f"Leases are off: {facts.leases_problem}.",
+            "Use a version of Kombu that this celerykit knows, or a newer celerykit.",
+        )
+
+
 def store(facts: Facts) -> Iterator[Finding]:
     """Find counts that only one process sees."""
     if facts.store_is_shared:
@@ -230,6 +241,7 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     grace,
     prefetch,
     short_lease,
+    leases,
     store,
     dead_letters,
     chords,
