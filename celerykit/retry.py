@@ -399,10 +399,9 @@ def _settle(error: Exception, call: Call) -> None:
 
 def _begun(headers: Headers) -> float | None:
     """Tell when the call could first have run: time that its sender let pass is not the policy's."""
-    if headers.ledger:
-        first = headers.ledger[0]
-        return first.started - first.waited
-    return headers.due_at or headers.sent_at
+    ready = headers.ledger[0].started - headers.ledger[0].waited if headers.ledger else headers.due_at
+    # A replayed message still has its ledger, and was sent anew.
+    return max(filter(None, (ready, headers.sent_at)), default=None)
 
 
 def _mark(error: Exception, decision: GiveUp, policy: Retry | None) -> None:

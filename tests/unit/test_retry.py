@@ -482,6 +482,8 @@ def test_an_error_that_is_raised_again_elsewhere_loses_its_mark() -> None:
         (Headers(sent_at=NOW.timestamp() + 90), False),
         # Sent long ago, with a countdown that has just passed.
         (Headers(sent_at=NOW.timestamp() - 9000, due_at=NOW.timestamp() - 1), False),
+        # Died long ago, and was replayed just now.
+        (Headers(sent_at=NOW.timestamp() - 1, ledger=(Attempt(1000.0, 1.0, 1.0, "retry", "", "w"),)), False),
         # This attempt was due a moment ago, the first one long before.
         (
             Headers(
