@@ -13,7 +13,7 @@ Checks that a person or a deployment asks for: ``celerykit check``.
 
 from __future__ import annotations
 
-from celerykit.check.apps import AppNotFound, find, settings_of
+from celerykit.check.apps import AppNotFound, find, import_tasks, settings_of
 from celerykit.check.facts import facts_of
 from celerykit.check.findings import Finding, Report
 from celerykit.check.live import ask
@@ -46,11 +46,12 @@ def check_app(app: object, *, live: bool = False) -> Report:
             few publish deadlines at most, and changes nothing there.
 
     Raises:
-        AppNotFound: There is none, or it cannot be imported.
+        AppNotFound: There is none, or it or its tasks cannot be imported.
 
         InvalidSettings: Something is wrong with its settings.
     """
     found = find(app)
+    import_tasks(found)
     facts = facts_of(found)
     findings = findings_of(facts)
     if live:

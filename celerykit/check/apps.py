@@ -7,7 +7,7 @@ from typing import Any
 from celerykit.errors import CelerykitError, InvalidSettings
 from celerykit.settings import Settings, mask_text
 
-__all__ = ["AppNotFound", "find", "settings_of"]
+__all__ = ["AppNotFound", "find", "import_tasks", "settings_of"]
 
 
 class AppNotFound(CelerykitError):
@@ -31,6 +31,20 @@ def find(app: Any) -> Any:
     if not isinstance(getattr(found, "settings", None), Settings):
         raise AppNotFound(f"-A {app}: it is a {type(found).__name__}, and not a celerykit.CeleryKit.")
     return found
+
+
+def import_tasks(app: Any) -> None:
+    """
+    Import the modules that a worker would, and declare their tasks.
+
+    Raises:
+        AppNotFound: One cannot be imported, or a task not be declared; no worker would start.
+    """
+    try:
+        app.loader.import_default_modules()
+        app.finalize()
+    except Exception as error:  # noqa: BLE001  (an edge: as in `_import`)
+        raise AppNotFound(f"The tasks of {app.main or 'the app'} cannot be imported: {_told(error)}.") from None
 
 
 def settings_of(app: Any) -> Settings:
@@ -67,5 +81,9 @@ def _why_not_found(app: str, error: Exception) -> str:
         # Celery looks for a module of that name when the one before the colon has no such attribute.
         module, _, attribute = app.partition(":")
         return f"{module} has no {attribute!r}"
+    return _told(error)
+
+
+def _told(error: Exception) -> str:
     # What others raise may quote a URL.
     return mask_text(f"{type(error).__name__}: {error}").strip().removesuffix(".")

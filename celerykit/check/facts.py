@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from importlib.metadata import version
+from typing import Any
 
 import celery
-import kombu
 
 from celerykit.settings import Kit, mask_text
 
@@ -136,9 +136,7 @@ class Facts:
 
 
 def facts_of(app: Any) -> Facts:
-    """Gather what *app* says of itself, once all its tasks are imported."""
-    app.loader.import_default_modules()
-    app.finalize()
+    """Gather what *app* says of itself; its tasks are imported already."""
     broker, broker_problem = _broker(app)
     has_backend, can_join, backend_problem = _backend(app)
     leases_problem = _leases_problem(broker)
@@ -195,7 +193,7 @@ def _leases_problem(broker: str) -> str:
     from celerykit.redis_broker import whats_unknown
 
     unknown = whats_unknown()
-    return unknown and f"this is Kombu {cast('Any', kombu).__version__}, and {unknown}"
+    return unknown and f"this is Kombu {version('kombu')}, and {unknown}"
 
 
 def _visibility(app: Any, broker: str, leases_problem: str) -> float | None:

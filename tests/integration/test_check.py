@@ -86,9 +86,8 @@ def test_a_broker_that_evicts_is_refused(kept: Server, admin: Any) -> None:
 
 
 def test_a_user_with_few_rights_is_told_what_is_unknown(kept: Server, admin: Any) -> None:
-    admin.execute_command(
-        "ACL", "SETUSER", "poor", "on", f">{SECRET}", "~*", "&*", "+@all", "-config", "-info", "-eval"
-    )
+    rights = ["~*", "&*", "+@all", "-config", "-info", "-eval"]
+    admin.execute_command("ACL", "SETUSER", "poor", "on", f">{SECRET}", *rights)
     report = checked(kept.url.replace("://", f"://poor:{SECRET}@"))
 
     assert codes(report) == {"redis-no-scripts": "error", "redis-untold": "info"}

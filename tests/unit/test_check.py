@@ -478,6 +478,13 @@ def test_without_an_app_it_says_what_to_do() -> None:
     assert "celerykit check -A shop" in result.stderr
 
 
+def test_tasks_that_cannot_be_imported_end_it_with_2(run: Any) -> None:
+    result = run(include=["shop_of_nowhere"])
+
+    assert result.exit_code == 2
+    assert "No module named 'shop_of_nowhere'" in result.stderr
+
+
 def test_its_help_says_how_it_ends() -> None:
     assert "Ends with 0 if there is no error, with 1 if there is one" in " ".join(
         CliRunner().invoke(check, ["--help"]).output.split()
