@@ -125,6 +125,10 @@ CASES = [
     (facts(visibility=60.0), {"eta-over-visibility": "warning"}),
     (facts(tasks=[task(on_crash="bury")]), {"bury-at-deploy": "warning"}),
     (facts(tasks=[task(time_limit=9)]), {"limit-over-grace": "info"}),
+    (
+        facts(tasks=[task(time_limit=9, acks_late=False, reject_on_worker_lost=False)]),
+        {"early-acks": "warning"},
+    ),
     (facts(tasks=[task(has_policy=True, autoretries=True)]), {"two-retry-policies": "warning"}),
     (facts(tasks=[task(autoretries=True, max_retries=None)]), {"endless-retries": "warning"}),
     (facts(tasks=[task(has_policy=True, max_retries=None)]), {}),

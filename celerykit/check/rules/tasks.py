@@ -152,7 +152,12 @@ def grace(facts: Facts) -> Iterator[Finding]:
         fix="Give it a time_limit below worker_soft_shutdown_timeout, or lengthen that.",
     )
     yield from _about(
-        (task for task in facts.tasks if task.on_crash == "rerun" and task.time_limit and task.time_limit > seconds),
+        (
+            task
+            for task in facts.tasks
+            # Acknowledged early it would not begin again, but be lost, and `early_acks` says so.
+            if task.on_crash == "rerun" and task.acks_late and task.time_limit and task.time_limit > seconds
+        ),
         "limit-over-grace",
         "info",
         what=f"a run that takes longer than the grace period ({seconds:g} s) is cut off by a deploy, and begins again.",
