@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
@@ -20,6 +21,7 @@ import celery
 from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 from celery.utils.saferepr import saferepr
+from celery.utils.serialization import get_pickleable_exception
 from celery.utils.time import maybe_iso8601
 
 from celerykit import bulk, loops
@@ -31,7 +33,7 @@ from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Attempt, Headers
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
-from celerykit.retry import Retry, retried
+from celerykit.retry import DROPPED, Retry, Snooze, retried
 from celerykit.rollout import pause_for_newer
 from celerykit.using import SendOptions, Using
 
@@ -148,6 +150,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             is_bound = not isinstance(run, staticmethod)
             function = run if is_bound else run.__func__
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
+        if "__header__" in vars(cls):
+            cast("Any", cls).__header__ = staticmethod(_unchecked(vars(cls)["__header__"]))
         if not cls._was_told("retry_policy", "max_retries", "autoretry_for"):
             cls.retry_policy = app.retry_policy
         if cls.retry_policy is not None:
@@ -212,8 +216,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if headers and HEADER in headers:  # a retry, which goes on from what was
             header = Headers.of(headers)
             return replace(header, contract=contract, sent_at=header.sent_at or now)
-        countdown = options.get("countdown")
-        return Headers(contract=contract, sent_at=now, due_at=now + countdown if countdown else None)
+        return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now))
 
     def send_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
         """Send what `prepare` gave."""
@@ -459,9 +462,16 @@ class Task(celery.Task[P, R], Generic[P, R]):
             raise stopped.by from None
         except Later as later:
             self._send_again(later, request, call.headers)
+        except Snooze as snooze:  # raised by a step of the user's, which stands outside of ours
+            again = Later(snooze.delay, attempt=call.attempt, kind="snooze", error=snooze)
+            self._send_again(again, request, call.headers)
         except InvalidPayload:
             if not hasattr(request, _RAN):
                 self._hand_back_to_newer(call)
+            raise
+        except Exception as error:
+            if DROPPED in vars(error):
+                _raise_dropped(error)
             raise
         finally:
             setattr(request, FINISHED, True)
@@ -532,8 +542,38 @@ class Task(celery.Task[P, R], Generic[P, R]):
         return cast("CeleryKit", self.app)
 
 
+def _due_at(options: Mapping[str, Any], now: float) -> float | None:
+    countdown, eta = options.get("countdown"), options.get("eta")
+    if countdown:
+        return float(now + countdown)
+    # Without a timezone it is the app's, which only Celery knows; the worker reads it from the message.
+    return eta.timestamp() if isinstance(eta, datetime) and eta.tzinfo else None
+
+
 def _not_sent(error: Any) -> Reject:
     return Reject(f"the retry could not be sent: {error}", requeue=True)
+
+
+def _unchecked(header: Any) -> Callable[..., None]:
+    """
+    Make what Celery calls to look at arguments look no more: the contract does.
+
+    Celery would refuse what is sent for a finished task. It also reads from its signature what an errback takes.
+    """
+
+    def check(*args: Any, **kwargs: Any) -> None: ...
+
+    check.__signature__ = inspect.signature(header)  # type: ignore[attr-defined]
+    return check
+
+
+def _raise_dropped(error: Exception) -> NoReturn:
+    """Raise an error that leaves no letter, as one that can tell so to another process."""
+    portable: Any = get_pickleable_exception(error)
+    if portable is error:
+        raise error
+    vars(portable)[DROPPED] = True
+    raise portable from error
 
 
 def _is_told_to_end(interruption: BaseException) -> bool:

@@ -67,10 +67,14 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
-_CHECK = Lazy("celerykit.cli.check:check", "Check the settings, and say where each came from.")
+_CHECK = Lazy("celerykit.cli.check:check", "Find what loses, doubles or stops tasks; or show the settings.")
 
 #: Those that need an app are in `plugin.kit` too.
-NEED_APP = {"check": _CHECK}
+NEED_APP = {
+    "check": _CHECK,
+    "dead": Lazy("celerykit.cli.dead:dead", "Find, repair and replay what no worker could finish."),
+    "explain": Lazy("celerykit.cli.explain:explain", "Tell what a task does, or what became of a message."),
+}
 
 _COMMANDS = {
     **NEED_APP,

@@ -15,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import kombu
 from celery.canvas import maybe_signature
 
 from celerykit import letters
 from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, identify, letter_id
-from celerykit.errors import StoreUnavailable
+from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.worker.ending import Ending, ending_of
 from celerykit.worker.starts import Starts, buried_key, letter_of
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Undertaker"]
 
 log = logging.getLogger(__name__)
+
+#: Seconds between two looks for letters that are too old, or too many.
+_EVICTS_EVERY = 3600.0
 
 #: Seconds between tries to write a letter, growing from the first to the second.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
@@ -69,6 +73,7 @@ class Undertaker:
         self._lock = threading.Lock()
         self._has_more = threading.Event()
         self._thread: threading.Thread | None = None
+        self._evicts_at = 0.0
 
     def bury(self, request: Any, ending: Ending, *, then: Callable[[], None]) -> None:
         """Write the letter of a request, then call *then*."""
@@ -133,6 +138,7 @@ class Undertaker:
         if grave.chord:
             self._bury_body(grave)
         grave.then()
+        self._evict()
 
     def _note(self, note: Note) -> None:
         try:
@@ -175,6 +181,22 @@ class Undertaker:
             with self._lock:
                 del self._waiting[name]
         return True
+
+    # Keeping them in bounds
+
+    def _evict(self) -> None:
+        """Let go what is too old or too much, on a thread, now and then, and in one worker at a time."""
+        if time.monotonic() < self._evicts_at:
+            return
+        self._evicts_at = time.monotonic() + _EVICTS_EVERY
+        threading.Thread(target=self._evict_now, name="celerykit-eviction", daemon=True).start()
+
+    def _evict_now(self) -> None:
+        try:
+            if self._app.store.mark("evicting", self._worker, ttl=_EVICTS_EVERY / 2) is None:
+                self._app.dead_letters.evict()
+        except CelerykitError as error:
+            log.warning("dead_letter.not_evicted: %s", error)
 
     # What is written
 
@@ -253,9 +275,11 @@ class Undertaker:
         body = body.clone()
         for option in ("queue", "countdown", "eta", "expires", "priority"):
             body.options.pop(option, None)
+        name = self._app.settings.kit.dead_letter_queue
+        # It is there: the member's letter was put in it.
+        queue = kombu.Queue(name, kombu.Exchange(""), routing_key=name, no_declare=True)
         # With a parent, it is not refused for what it lacks.
-        where = {"exchange": "", "routing_key": self._app.settings.kit.dead_letter_queue, "parent_id": note.id}
-        body.apply_async(headers={HEADER: note.to_header()}, delivery_mode=2, **where)
+        body.apply_async(queue=queue, headers={HEADER: note.to_header()}, parent_id=note.id, delivery_mode=2)
 
     def _queue_for(self, body: Any) -> str | None:
         route = cast("Any", self._app.amqp).router.route(dict(body.options), body.task)

@@ -20,6 +20,7 @@ from celery.worker import request as stock
 from celery.worker import state
 
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
+from celerykit.retry import DROPPED
 from celerykit.task import HANDED_BACK
 from celerykit.worker.ending import Ending, ending_of, error_in, info_of
 from celerykit.worker.starts import letter_of
@@ -99,8 +100,9 @@ class Request(_Stock):  # type: ignore[misc]
             super().reject(requeue=requeue)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Stop a run whose message goes back: that start does not count."""
-        if self.undertaker is not None and self.time_start:
+        """Stop a run whose message goes back: that start does not count, unless one is all there may be."""
+        may_run_again = getattr(self.task, "on_crash", "rerun") == "rerun"
+        if self.undertaker is not None and self.time_start and may_run_again:
             self.undertaker.starts.forgive(self)
         super().cancel(pool, signal, emit_retry=emit_retry)
 
@@ -160,7 +162,7 @@ class Request(_Stock):  # type: ignore[misc]
         """Say how the message ended; ``None`` when it is not dead."""
         if isinstance(error, Retry | Ignore | Terminated | SystemExit | KeyboardInterrupt):
             return None
-        if getattr(error, "celerykit_dropped", False):
+        if getattr(error, DROPPED, False):
             return None
         if isinstance(error, WorkerLostError) and self._lives_on(error):
             return None

@@ -109,6 +109,76 @@ def wrong_calls() -> None:
     )
 
 
+def crashes() -> None:
+    from shop import Order, pack
+
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+
+    say("\n== A process is killed in the middle of a task: the task comes back")
+    result = pack.delay(order)
+    victim = running_in(result.id)
+    say(f"\npack.delay(order) runs in process {victim}; kill -9 {victim}")
+    os.kill(victim, signal.SIGKILL)
+    show("result.get()   # the process that finished it", lambda: result.get(timeout=RESULT_WITHIN))
+
+
+def running_in(task_id: str) -> int:
+    """Wait until a task runs, and give its process."""
+    from shop import app
+
+    deadline = time.monotonic() + RESULT_WITHIN
+    while time.monotonic() < deadline:
+        for tasks in (app.control.inspect(timeout=0.3).active() or {}).values():
+            for task in tasks:
+                if task["id"] == task_id and task["worker_pid"]:
+                    return int(task["worker_pid"])
+    raise SystemExit(f"the task {task_id} did not start")
+
+
+def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + RESULT_WITHIN
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(otherwise)
+        time.sleep(0.05)
+
+
+def retries(log: Path) -> None:
+    from shop import Order, book_courier
+
+    say("\n== Retries are data: printed before they happen, and then they happen")
+    assert book_courier.retry_policy is not None
+    say(f"\n>>> print(book_courier.retry_policy.describe())\n{book_courier.retry_policy.describe()}")
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+    show("book_courier.delay(order).get()", lambda: book_courier.delay(order).get(timeout=RESULT_WITHIN))
+    waits = [line.partition("retry: ")[2] for line in log.read_text().splitlines() if "book_courier" in line]
+    say("\n".join(f"    {wait}" for wait in waits if wait))
+
+
+def dead_letters() -> None:
+    from shop import Order, app, ship
+
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+
+    say("\n== What fails for good is kept: found by its cause, repaired, replayed")
+    result = ship.delay(order, "Portugal")
+    show("result = ship.delay(order, 'Portugal'); result.get()", lambda: result.get(timeout=RESULT_WITHIN))
+    wait_until(lambda: app.dead_letters.count(task=ship) == 1, "the letter was not written")
+    show(
+        "[(cause.count, cause.task, cause.error) for cause in app.dead_letters.top()]",
+        lambda: [(cause.count, cause.task, cause.error) for cause in app.dead_letters.top()],
+    )
+    show(
+        "app.dead_letters.replay(error='NoSuchCountry', edit=lambda args, kwargs: ([args[0], 'PT'], kwargs))",
+        lambda: app.dead_letters.replay(error="NoSuchCountry", edit=lambda args, kwargs: ([args[0], "PT"], kwargs)),
+    )
+    show(
+        "ship.AsyncResult(result.id).get()   # the same call, under its own id",
+        lambda: ship.AsyncResult(result.id).get(timeout=RESULT_WITHIN),
+    )
+    show("app.dead_letters.count(task=ship)", lambda: app.dead_letters.count(task=ship))
+
+
 def demo() -> None:
     # SIGTERM unwinds as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -122,6 +192,9 @@ def demo() -> None:
         sys.path.insert(0, str(HERE))
         typed_calls()
         wrong_calls()
+        crashes()
+        retries(log)
+        dead_letters()
         ran = log.read_text().count("succeeded in")
         say(f"\n{ran} tasks succeeded, {time.perf_counter() - started:.1f} s in all. Stopping everything ...")
 

@@ -1,5 +1,5 @@
 """
-A small shop: everything an app needs, and four tasks.
+A small shop: everything an app needs, and seven tasks.
 
 Run its worker with Celery's own command::
 
@@ -8,13 +8,15 @@ Run its worker with Celery's own command::
 
 from __future__ import annotations
 
+import os
+import time
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import BaseModel, Field
 
-from celerykit import CeleryKit
+from celerykit import Backoff, CeleryKit, Retry, Task
 
 # The broker and everything else come from the environment: CELERY_BROKER_URL, CELERY_RESULT_BACKEND, ...
 app = CeleryKit("shop")
@@ -55,3 +57,34 @@ def turnover(receipts: list[Receipt]) -> Decimal:
 async def exchange_rate(base: Currency, quote: Currency) -> Decimal:
     """Look a rate up; an `async def` task runs in the same stock worker."""
     return Decimal("1.08") if (base, quote) == ("EUR", "USD") else Decimal("0.93")
+
+
+@app.task
+def pack(order: Order, *, seconds: float = 1.0) -> int:
+    """Pack an order, which takes a while, and say which process did."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
+class CourierBusy(Exception):
+    """Nobody is free now; somebody will be."""
+
+
+@app.task(bind=True, retry=Retry({CourierBusy: Backoff(base=0.2, factor=3, cap=60)}, attempts=5))
+def book_courier(self: Task[..., Any], order: Order) -> str:
+    """Book a courier; here the first two calls find nobody."""
+    if self.request.retries < 2:
+        raise CourierBusy("nobody is free")
+    return f"booked at attempt {self.request.retries + 1}"
+
+
+class NoSuchCountry(LookupError):
+    """Nothing that a retry would change."""
+
+
+@app.task
+def ship(order: Order, country: str) -> str:
+    """Ship an order."""
+    if country not in ("DE", "FR", "PT"):
+        raise NoSuchCountry(country)
+    return f"on its way to {country}"

@@ -8,6 +8,7 @@ import asyncio
 import base64
 import json
 import pickle
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,9 @@ def test_a_message_carries_its_contract_and_the_caller_s_headers(shop: Any) -> N
     headers = shop.described.apply_async(headers={"x-mine": "1"}).get(timeout=WITHIN)["headers"]
 
     assert headers["x-mine"] == "1"
-    assert headers["celerykit"] == {"v": 1, "contract": shop.described.contract.fingerprint}
+    ours = headers["celerykit"]
+    assert abs(ours.pop("sent_at") - time.time()) < WITHIN
+    assert ours == {"v": 1, "contract": shop.described.contract.fingerprint, "queue": "celery"}
 
 
 def test_a_wrong_message_fails_in_the_worker_with_every_problem_and_does_not_run(shop: Any, broker: Any) -> None:

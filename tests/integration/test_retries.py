@@ -155,7 +155,7 @@ def find_both(shop: Any, body_id: str) -> list[Any]:
         ]
         return len(found) == 2
 
-    services.eventually(are_there, what=lambda: f"member and body among {list(shop.app.dead_letters.find())}")
+    services.eventually(are_there, what=lambda: f"member and body of {body_id}")
     return found
 
 
