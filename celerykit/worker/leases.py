@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Collection
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -74,20 +75,19 @@ class Leases:
 
     def follow(self, connection: Any) -> None:
         """
-        Renew what comes by this connection from now on, once it is connected.
+        Renew what comes by this connection from now on. Call it once that is connected, and before it consumes.
 
         What came by the one before and was not started goes back to its
         queue; what runs stays leased until it ends.
         """
-        hold = self._hold
-        if hold is None or getattr(connection, "hold", None) is not hold:
+        hold: Hold | None = getattr(connection, "hold", None)
+        if hold is None:
             return
         if getattr(connection.transport, "driver_type", None) != "redis":
             # After a failover to another broker.
             return
         from celerykit.redis_broker import Keeper
 
-        hold.leave(connection)
         keeper = Keeper(connection.default_channel, hold, timeout=min(_LONGEST_WAIT, max(1.0, self._pause)))
         with self._lock:
             before, self._keeper = self._keeper, keeper
@@ -149,10 +149,14 @@ class Leases:
             )
 
     def _sweep(self, keeper: Keeper) -> None:
-        # A few hundred each time: a renewal must not have to wait.
-        restored = sum(iter(keeper.sweep, 0)) if False else keeper.sweep()
-        if restored:
-            log.warning("leases.restored messages=%d: their worker is gone", restored)
+        # Not for so long that the next renewal would have to wait.
+        until = time.monotonic() + self._pause / 2
+        total = restored = keeper.sweep()
+        while restored and time.monotonic() < until:
+            restored = keeper.sweep()
+            total += restored
+        if total:
+            log.warning("leases.restored messages=%d: their worker is gone", total)
 
 
 def _running() -> Collection[str]:
