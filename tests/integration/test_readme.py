@@ -65,7 +65,7 @@ def test_the_first_screen_works_as_shown(environment: dict[str, str], tmp_path: 
 def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
     program = (
         "from time import monotonic\nfrom typing import Any\nfrom celerykit import Call, CeleryKit, Next\n"
-        + blocks("python")[1]
+        + blocks("python")[2]
         + "app.conf.task_always_eager = True\n@app.task\ndef add(a: int, b: int) -> int:\n    return a + b\n"
         + "print(add.delay(1, 2).get())\n"
     )
@@ -76,6 +76,19 @@ def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
     assert result == "3"
 
 
+def test_the_policies_shown_can_be_declared(tmp_path: Path) -> None:
+    first, policies, _ = blocks("python")
+    program = (
+        "from celerykit import Backoff, Dead, Retry\n\n"
+        + first
+        + "class CardDeclined(Exception): ...\n"
+        + policies
+        + "print(collect.retry_policy.attempts, pay_out.on_crash)"
+    )
+
+    assert run(program, cwd=tmp_path) == "5 bury\n"
+
+
 def test_every_default_that_differs_is_listed() -> None:
     table = README.partition("undoes them all:")[2].partition("## ")[0]
 
@@ -83,4 +96,4 @@ def test_every_default_that_differs_is_listed() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert 77 <= len(README.splitlines()) <= 150
+    assert 77 <= len(README.splitlines()) <= 210
