@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
@@ -185,6 +185,11 @@ class DeadLetters:
         """Write each letter, arguments included, as a line of JSON; a body that is not JSON as base64."""
         for letter in self.find(**which):
             yield json.dumps(described(letter, arguments=True), default=str)
+
+    def parameters(self, letter: Letter) -> Sequence[str]:
+        """Name the parameters that a letter's positional arguments are for; none if its task is not known here."""
+        contract = getattr(self._app.tasks.get(cast("Any", letter.note.task)), "contract", None)
+        return contract.parameters.positional if contract else ()
 
     # To change
 

@@ -82,8 +82,8 @@ class _PublishingQueue(LetterQueue):
 class AMQPQueue(_PublishingQueue):
     """A queue of RabbitMQ."""
 
-    #: Letters that are on the way at a time.
-    _WINDOW = 1000
+    #: Letters that are on the way at a time; each may be a megabyte.
+    _WINDOW = 200
 
     #: Seconds after which letters are put back and fetched anew: RabbitMQ closes the channel of who keeps one too long,
     #: which is 30 minutes.
