@@ -130,11 +130,9 @@ def letter_in_list(item: bytes) -> Letter:
     """Read what lies in a list. That may be anything."""
     try:
         envelope = json.loads(item)
-        headers, properties = envelope["headers"], envelope["properties"]
-        body = _bytes(envelope["body"])
+        headers, properties, body = dict(envelope["headers"]), dict(envelope["properties"]), _bytes(envelope["body"])
         body = base64.b64decode(body) if properties.get("body_encoding") == "base64" else body
-        dict(headers)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return Letter(note=Note.made_up({}, item, reason="malformed"), body=item, headers={})
     return _letter(headers, body, envelope.get("content-type"), envelope.get("content-encoding"), properties)
 
@@ -157,4 +155,8 @@ def _kept(properties: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _bytes(body: Any) -> bytes:
-    return body.encode(errors="surrogatepass") if isinstance(body, str) else bytes(body or b"")
+    if isinstance(body, bytes | bytearray | memoryview):
+        return bytes(body)
+    # Not every transport says that a body must be text or bytes.
+    text = body if isinstance(body, str) else json.dumps(body)
+    return text.encode(errors="surrogatepass")
