@@ -220,7 +220,8 @@ class Undertaker:
             problems=[dict(problem) for problem in ending.problems],
             fingerprint=error_fingerprint(ending.error or ending.reason, ending.traceback),
             attempts=ours.attempt,
-            queue=ours.queue or self._queue_of(delivery),
+            # On Redis and Valkey our connection knows.
+            queue=ours.queue or getattr(message, "queue", None) or self._queue_of(delivery),
             exchange=_text(delivery.get("exchange")),
             routing_key=_text(delivery.get("routing_key")),
             sent_at=ours.sent_at,

@@ -24,6 +24,7 @@ from celerykit.rollout import pause_for_newer
 from celerykit.worker import shape
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
+from celerykit.worker.leases import Leases
 from celerykit.worker.starts import Starts, Verdict
 
 __all__ = ["Consumer"]
@@ -54,7 +55,20 @@ class Consumer(_Stock):  # type: ignore[misc]
             starts=Starts(app.store, limit=app.settings.kit.max_deliveries),
             call_after=self._call_after,
         )
+        self.leases = Leases(app.settings.kit.lease, on_garbage=self.undertaker.bury_item)
         super().__init__(self._admit, *args, **kwargs)
+
+    # Connecting
+
+    def connection_for_read(self, heartbeat: Any = None) -> Any:
+        """Connect to consume; on Redis and Valkey, by a connection whose messages are leased."""
+        return self.ensure_connected(self.leases.guard(self.app.connection_for_read(heartbeat=heartbeat)))
+
+    def connect(self) -> Any:
+        """Connect, and keep what comes by this connection."""
+        connection = super().connect()
+        self.leases.follow(connection)
+        return connection
 
     # Letting start
 
