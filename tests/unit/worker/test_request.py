@@ -87,7 +87,8 @@ def fails(request: Any, error: BaseException) -> None:
     try:
         raise error
     except type(error):
-        request.on_failure(ExceptionInfo(), return_ok=True)
+        # The pool says so of what the child could still report, and has stored.
+        request.on_failure(ExceptionInfo(), return_ok=not isinstance(error, WorkerLostError | SystemExit))
 
 
 @pytest.mark.parametrize(
