@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection
+import weakref
+from collections.abc import Collection, MutableSet
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +50,18 @@ class Leases:
             queue that are not messages. If it raises, the item goes back to
             the end of its queue. Called where the queue is read, and now and
             then from a thread.
+
+        pool:
+            The worker's.
     """
 
-    def __init__(self, lease: timedelta, *, on_garbage: OnGarbage | None = None) -> None:
+    def __init__(self, lease: timedelta, *, on_garbage: OnGarbage | None = None, pool: Any = None) -> None:
         self._lease = lease.total_seconds()
         self._on_garbage = on_garbage
+        # One without a semaphore, such as of threads, takes all that it is given, and forgets nothing of it
+        # when the connection is lost: what waits in it will run.
+        self._has_line = not getattr(pool, "uses_semaphore", True)
+        self._in_line: MutableSet[Any] = weakref.WeakSet()
         self._hold: Hold | None = None
         self._keeper: Keeper | None = None
         self._lock = threading.Lock()
@@ -70,7 +78,7 @@ class Leases:
         from celerykit.redis_broker import Hold, guard
 
         if self._hold is None:
-            self._hold = Hold(lease=self._lease, on_garbage=self._on_garbage, running=_running)
+            self._hold = Hold(lease=self._lease, on_garbage=self._on_garbage, running=self._running)
         return guard(connection, self._hold)
 
     def follow(self, connection: Any) -> None:
@@ -137,6 +145,16 @@ class Leases:
         else:
             self._is_failing = False
 
+    def _running(self) -> Collection[str]:
+        """Give the tags of what runs on, or will, if it does: not once the worker ends."""
+        if any(stop is not None and stop is not False for stop in (state.should_stop, state.should_terminate)):
+            return ()
+        if self._has_line:
+            # Celery forgets these once a connection is lost.
+            self._in_line |= _all(state.reserved_requests)
+        requests = _all(state.active_requests) | _all(self._in_line)
+        return {request.message.delivery_tag for request in requests if not request.acknowledged}
+
     def _look_back(self, now: int) -> None:
         """Say so when this worker was away for longer than a lease."""
         away, self._renewed_at = (now - self._renewed_at) / 1_000_000, now
@@ -159,13 +177,10 @@ class Leases:
             log.warning("leases.restored messages=%d: their worker is gone", total)
 
 
-def _running() -> Collection[str]:
-    """Give the tags of what runs on, if it does: not once the worker ends."""
-    if any(stop is not None and stop is not False for stop in (state.should_stop, state.should_terminate)):
-        return ()
+def _all(requests: MutableSet[Any]) -> set[Any]:
     while True:
         try:
-            return {request.message.delivery_tag for request in tuple(state.active_requests)}
+            return set(requests)
         except RuntimeError:
             # Another thread started or ended a task in the meantime.
             continue

@@ -23,7 +23,7 @@ class Consumer(Stock):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         lease = timedelta(seconds=float(os.environ.get("LEASE", "2")))
-        self.leases = Leases(lease, on_garbage=self._on_garbage)
+        self.leases = Leases(lease, on_garbage=self._on_garbage, pool=kwargs.get("pool"))
         super().__init__(*args, **kwargs)
 
     def connection_for_read(self, heartbeat: Any = None) -> Any:
@@ -48,7 +48,8 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     worker_cancel_long_running_tasks_on_connection_loss=False,
     broker_transport_options={"queue_order_strategy": "priority", "visibility_timeout": 8}
-    | ({"global_keyprefix": os.environ["PREFIX"]} if "PREFIX" in os.environ else {}),
+    | ({"global_keyprefix": os.environ["PREFIX"]} if "PREFIX" in os.environ else {})
+    | ({"master_name": os.environ["MASTER"]} if "MASTER" in os.environ else {}),
 )
 if "STOCK" not in os.environ:
     app.conf.worker_consumer = f"{__name__}:Consumer"

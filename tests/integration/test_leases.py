@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import kombu
 import pytest
 import redis
 
-from celerykit.dev.servers import Server
+from celerykit.dev.processes import Process
+from celerykit.dev.servers import Server, free_port
 from tests import services
 
 ROOT = Path(__file__).parents[2]
@@ -173,13 +174,10 @@ def test_a_message_goes_back_to_the_one_queue_it_came_from(start: Start, server:
         channel = connection.default_channel
         for name in ("celery", "archive"):
             kombu.Queue(name, exchange, routing_key="news.#", channel=channel).declare()
-        import celery
-
         with celery.Celery(broker=server.url, set_as_current=False) as app:
-            app.send_task(
-                "tests.integration.leases_shop.work", ("long", 60), exchange="news", exchange_type="topic",
-                routing_key="news.today",
-            )  # fmt: skip
+            name = "tests.integration.leases_shop.work"
+            sender = connection.Producer()
+            app.send_task(name, ("long", 60), exchange=exchange, routing_key="news.today", producer=sender)
         services.eventually(lambda: client.llen("starts") == 1)
         first.kill()
         services.eventually(lambda: client.llen("celery") == 1, within=RECOVERY)
@@ -267,13 +265,14 @@ def test_a_task_that_runs_while_the_broker_is_away_runs_once(
             services.eventually(ended(ledger, 3), within=40, what=lambda: f"{ledger.lrange('ends', 0, -1)} {first.log}")
             time.sleep(LEASE * 2)
 
-            assert sorted(ledger.lrange("starts", 0, -1)) == ["later", "long", "prefetched"], first.log
+            assert sorted(ledger.lrange("starts", 0, -1)) == ["later", "long", "prefetched"]
             with redis.Redis.from_url(server.client_url) as client:
                 services.eventually(lambda: is_clean(client), within=5, what=lambda: f"{client.keys()} {first.log}")
 
 
 def test_a_worker_that_was_stopped_for_too_long_says_so(start: Start, send: Any, client: Any) -> None:
     with start("solo") as first:
+        time.sleep(LEASE)
         os.kill(first.pid, signal.SIGSTOP)
         time.sleep(LEASE + 1)
         os.kill(first.pid, signal.SIGCONT)
@@ -296,6 +295,45 @@ def without(name: str) -> dict[str, Any]:
     properties = envelope()["properties"]
     del properties[name]
     return envelope(properties=properties)
+
+
+def test_a_sentinel_may_say_where_the_server_is(start: Start, tmp_path: Path) -> None:
+    with services.valkey(port=0) as master, sentinel_of(master, tmp_path) as url:
+        ledger = redis.Redis.from_url(master.client_url, decode_responses=True)
+        env = {"LEDGER": master.client_url, "MASTER": "shop", "CELERY_BROKER_URL": url}
+        with start("solo", env=env, options=["-Q", "other"]), start("prefork", env=env) as first:
+            app = celery.Celery(broker=url, set_as_current=False)
+            app.conf.broker_transport_options = {"master_name": "shop"}
+            with app:
+                app.send_task("tests.integration.leases_shop.work", ("long", 60))
+            services.eventually(lambda: ledger.llen("starts") == 1)
+            time.sleep(LEASE + 1)
+            assert ledger.llen("celery") == 0
+            first.kill()
+            services.eventually(lambda: ledger.llen("celery") == 1, within=RECOVERY)
+        ledger.close()
+
+
+@contextmanager
+def sentinel_of(master: Server, folder: Path) -> Iterator[str]:
+    port = free_port()
+    config = folder / "sentinel.conf"
+    config.write_text(f"port {port}\nbind 127.0.0.1\ndir {folder}\nsentinel monitor shop 127.0.0.1 {master.port} 1\n")
+    with (folder / "sentinel.log").open("wb") as log:
+        process = Process([str(master.binary), str(config), "--sentinel"], output=log)
+    try:
+        with redis.Redis(port=port) as client:
+            services.eventually(lambda: is_up(client))
+        yield f"sentinel://127.0.0.1:{port}"
+    finally:
+        process.kill_group()
+
+
+def is_up(client: Any) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
 
 
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
@@ -334,9 +372,11 @@ def test_items_that_are_no_messages_are_handed_over_and_the_next_one_runs(
         for item in items:
             client.lpush("celery", item)
             send("canary")
-        services.eventually(ended(client, len(items)), within=15, what=lambda: node.log)
+        services.eventually(ended(client, len(items)), within=15, what=lambda: node.log[-5000:])
         services.eventually(
-            lambda: client.llen("garbage") == len(items), within=10, what=lambda: str([row[:200] for row in client.lrange("garbage", 0, -1)])
+            lambda: client.llen("garbage") == len(items),
+            within=10,
+            what=lambda: str([row[:200] for row in client.lrange("garbage", 0, -1)]),
         )
 
         assert {row.split(" ", 2)[0] for row in client.lrange("garbage", 0, -1)} == {"celery"}
