@@ -16,7 +16,7 @@ import celery.app.amqp
 import celery.app.routes
 import kombu
 import kombu.pools
-from amqp.exceptions import NotFound
+from amqp.exceptions import NotFound, PreconditionFailed
 from kombu.transport.native_delayed_delivery import (
     CELERY_DELAYED_DELIVERY_EXCHANGE,
     bind_queue_to_native_delayed_delivery_exchange,
@@ -24,8 +24,9 @@ from kombu.transport.native_delayed_delivery import (
 )
 
 from celerykit import connections, deadline
+from celerykit.errors import InvalidSettings
 from celerykit.headers import HEADER
-from celerykit.publishing import sending
+from celerykit.publishing import explain_precondition, sending
 from celerykit.settings import FROM_KIT
 
 if TYPE_CHECKING:
@@ -161,6 +162,18 @@ class AMQP(celery.app.amqp.AMQP):
         stock: Any = super().Router(queues, create_missing)
         make: Any = Router
         return make(stock.routes, stock.queues, stock.create_missing, app=stock.app)
+
+    def TaskConsumer(self, *args: Any, **kwargs: Any) -> Any:  # noqa: N802
+        """
+        Declare a worker's queues, and consume from them.
+
+        Raises:
+            InvalidSettings: RabbitMQ has one that is different.
+        """
+        try:
+            return super().TaskConsumer(*args, **kwargs)
+        except PreconditionFailed as error:
+            raise InvalidSettings(f"{error}. {explain_precondition(error)}") from error
 
     # What to send
 

@@ -13,7 +13,7 @@ does, who only asks for a state, too. Here it is the finished task that tries on
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import celery.backends.redis
 from celery._state import get_current_worker_task
@@ -39,8 +39,52 @@ class _Patient:
         self._is_told_to = value
 
 
+# Celery's stubs do not know it.
+_StockConsumer: Any = cast("Any", celery.backends.redis).ResultConsumer
+
+
+class ResultConsumer(_StockConsumer):  # type: ignore[misc]
+    """
+    Subscribes to results when somebody waits for one.
+
+    Stock, a group that is sent subscribes to each member's result.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: A dict for its order, and because taking from it is one step.
+        self._wanted: dict[str, bool] = {}
+
+    def consume_from(self, task_id: str) -> None:
+        """Remember what to subscribe to."""
+        self._wanted[task_id] = True
+
+    def cancel_for(self, task_id: str) -> None:
+        """Forget a result, or end the subscription to it."""
+        if not self._wanted.pop(task_id, False):
+            super().cancel_for(task_id)
+
+    def on_wait_for_pending(self, result: Any, **kwargs: Any) -> None:
+        """Subscribe, and only then look at what is stored already."""
+        self._subscribe()
+        super().on_wait_for_pending(result, **kwargs)
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Wait for results."""
+        self._subscribe()
+        super().drain_events(timeout)
+
+    def _subscribe(self) -> None:
+        while self._wanted:
+            for task_id in tuple(self._wanted):
+                super().consume_from(task_id)
+                self._wanted.pop(task_id, None)
+
+
 class RedisBackend(_Patient, celery.backends.redis.RedisBackend):
     """Subscribes to a result when somebody waits for it; takes Valkey's URLs too."""
+
+    ResultConsumer = ResultConsumer
 
     def __init__(self, *args: Any, app: Any, url: str | None = None, **kwargs: Any) -> None:
         settled = settle(url, has_tls_options=bool(app.conf.redis_backend_use_ssl))
@@ -53,6 +97,8 @@ class RedisBackend(_Patient, celery.backends.redis.RedisBackend):
 
 class SentinelBackend(_Patient, celery.backends.redis.SentinelBackend):
     """Subscribes to a result when somebody waits for it."""
+
+    ResultConsumer = ResultConsumer
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing; see the module."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import amqp.transport
@@ -77,11 +77,21 @@ class Producer(kombu.Producer):
         if kwargs.get("retry"):
             kwargs["retry_policy"] = {**(kwargs.get("retry_policy") or {}), "errback": deadline.stop_in_time}
         try:
-            return super().publish(body, *args, **kwargs)
+            return self._publish_anew(partial(super().publish, body, *args, **kwargs))
         except DeadlinePassed:
             # What it still has to say would be taken for the answer to somebody else.
-            cast("Any", self).connection.collect()
+            connection = cast("Any", self).connection
+            connection.collect()
+            self.revive(connection)
             raise
+
+    def _publish_anew(self, publish: Callable[[], Any]) -> Any:
+        try:
+            return publish()
+        except Unroutable:
+            # Somebody deleted the queue since this connection declared it, and took it for there.
+            cast("Any", self).connection.declared_entities.clear()
+            return publish()
 
 
 class ProducerPool(kombu.pools.ProducerPool):
@@ -184,10 +194,14 @@ class _AMQPChannel(pyamqp.Channel):
             Unroutable: It was ``mandatory`` and there is no queue for it.
         """
         self._returned = None
+        publish = deadline.current()
+        may_be_there = publish is not None and publish.sent
         # py-amqp raises for what comes back, before it has read that the broker is done with it.
         cast("Any", self).events["basic_return"].add(self._on_returned)
         confirmed = super().basic_publish_confirm(*args, **kwargs)
         if self._returned is not None:
+            if publish is not None:
+                publish.sent = may_be_there
             raise Unroutable(self._returned)
         return confirmed
 

@@ -99,28 +99,32 @@ def _unreachable(app: CeleryKit, what: str, error: Exception, deadline: Deadline
     )
 
 
-def _reason(error: BaseException, deadline: Deadline | None) -> str:
-    """Say in a few words what a broker did."""
+def _reason(error: Exception, deadline: Deadline | None) -> str:
     if deadline is not None and deadline.blocked:
-        return f"it said that it takes no messages for now, and did not change its mind; {error}"
-    if isinstance(error, MessageNacked):
+        return f"it takes no messages for now; {error}"
+    cause = _cause(error)
+    if isinstance(cause, MessageNacked):
         return "it refused it, with a negative confirm"
-    return str(error.__cause__ if isinstance(error, _WRAPPERS) and error.__cause__ else error)
-
-
-_WRAPPERS = (cast("Any", kombu.exceptions).BatchPublishError,)
+    return str(cause) or type(cause).__name__
 
 
 def _remedy(error: Exception, deadline: Deadline | None) -> str:
     if deadline is not None and deadline.blocked:
         return "RabbitMQ blocks publishers while it is low on memory or disk; see its log."
-    if isinstance(error, PreconditionFailed):
-        return explain_precondition(error)
-    if isinstance(error, MessageNacked):
-        return "A queue that is full and has x-overflow=reject-publish does that."
-    if isinstance(error, Unroutable):
-        return "Somebody deletes the queue, or its binding, as fast as it is declared."
+    cause = _cause(error)
+    if isinstance(cause, PreconditionFailed):
+        return explain_precondition(cause)
+    if isinstance(cause, MessageNacked):
+        return "A full queue with x-overflow=reject-publish does that."
     return "Check that the broker runs, and CELERY_BROKER_URL."
+
+
+def _cause(error: Exception) -> BaseException:
+    """Give what is inside of Kombu's own errors."""
+    return (error.__cause__ if isinstance(error, _WRAPPERS) else None) or error
+
+
+_WRAPPERS = (kombu.exceptions.OperationalError, cast("Any", kombu.exceptions).BatchPublishError)
 
 
 def _is_refused(error: BaseException | None) -> bool:
@@ -133,19 +137,19 @@ def _is_refused(error: BaseException | None) -> bool:
 
 def explain_precondition(error: BaseException) -> str:
     """Say what to do when RabbitMQ has a queue or an exchange of this name that is different (406)."""
-    name = _QUOTED.search(str(error))
-    what = f"{name[1]} {name[2]!r}" if name else "queue or exchange"
+    name = _NAMED.search(str(error))
+    what = f"The {name[1]} {name[2]!r}" if name else "It"
     return (
-        f"RabbitMQ has a {what} that was declared differently; what exists cannot be changed. To keep it, set "
-        "CELERY_TASK_DEFAULT_QUEUE_TYPE=classic, CELERY_TASK_DEFAULT_EXCHANGE_TYPE=direct, "
-        "CELERY_TASK_CREATE_MISSING_QUEUE_TYPE=classic and CELERY_TASK_CREATE_MISSING_QUEUE_EXCHANGE_TYPE=direct. "
-        "For a quorum queue, which outlives a node: let it run empty, delete the queue and its exchange, and start "
-        "again; or choose another name with CELERY_TASK_DEFAULT_QUEUE."
+        f"{what} was declared differently before, and RabbitMQ cannot change it. To stay with classic queues, set "
+        "CELERY_TASK_DEFAULT_QUEUE_TYPE and CELERY_TASK_CREATE_MISSING_QUEUE_TYPE to classic, and "
+        "CELERY_TASK_DEFAULT_EXCHANGE_TYPE and CELERY_TASK_CREATE_MISSING_QUEUE_EXCHANGE_TYPE to direct. "
+        "For quorum queues, whose messages survive a node: let the queue run empty, delete it and the exchange of "
+        "its name, and start again; or give it another name."
     )
 
 
 #: "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'celery' in vhost '/': …"
-_QUOTED = re.compile(r"for (queue|exchange) '([^']*)'")
+_NAMED = re.compile(r"for (queue|exchange) '([^']*)'")
 
 
 def transport_options(url: Any, *, wait: float) -> dict[str, Any]:
