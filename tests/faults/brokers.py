@@ -22,6 +22,10 @@ from tests.services import RabbitMQ
 __all__ = ["Broker", "Rabbit", "Valkey"]
 
 
+#: Of what Kombu and Celery keep, where no message is: who listens, and what a chord's members came to.
+_NO_MESSAGES = ("_kombu.binding", "celery-taskset-meta-")
+
+
 class Broker(Protocol):
     """
     A broker, and the queue that the shop of one test works on.
@@ -89,7 +93,7 @@ class Valkey:
         # Wherever a message may be: also in places that are not Kombu's own.
         for key in client.scan_iter(count=1000):
             name = key.decode(errors="replace")
-            if name.startswith((self.dead, "_kombu.binding")) or "pidbox" in name:
+            if name.startswith((self.dead, *_NO_MESSAGES)) or name.endswith(("pidbox", "_seen")):
                 continue
             size = {b"list": client.llen, b"hash": client.hlen, b"zset": client.zcard}.get(client.type(key))
             if size is not None:

@@ -178,7 +178,7 @@ class Scene:
 
     def command(self, *arguments: str) -> str:
         """Run our command line as an operator would."""
-        command = [sys.executable, "-m", "celerykit", "-A", SHOP, *arguments]
+        command = [sys.executable, "-m", "celerykit", *arguments, "-A", SHOP]
         env = {**os.environ, **self.env}
         run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert run.returncode == 0, run.stdout + run.stderr
@@ -287,7 +287,7 @@ class Scene:
 
     def _leave(self) -> None:
         assert self._node is not None
-        self._node.stop(grace=20.0)
+        assert self._node.stop(grace=20.0), f"the worker does not end:\n{self._node.log[-3000:]}"
 
     def told(self) -> str:
         """Say all there is to say, for an assertion that failed."""

@@ -119,7 +119,7 @@ def test_a_failure_is_found_by_the_command_line(scene: Scene) -> None:
 
     assert task_id in listed
     scene.cure()
-    scene.command("dead", "replay", "--reason", "failed", "--yes")
+    scene.command("dead", "replay", "--reason", "failed")
     scene.reached("effect", task_id)
     scene.verdict("An exception, found and replayed by the command line")
 
@@ -177,7 +177,7 @@ def test_a_rejected_message_is_kept_dead(scene: Scene) -> None:
 
 # What cannot be stored or pickled
 
-RESULTS = ("object", "a lambda", "not a number", "recursive", "a lock")
+RESULTS = ("object", "a lambda", "recursive", "a lock")
 ERRORS = (
     "of a local class",
     "with a lock in it",
@@ -266,8 +266,8 @@ def test_a_chord_with_a_dead_member_is_kept_dead_as_a_whole(scene: Scene, death:
 
 
 def test_a_task_that_only_a_newer_worker_knows_waits_for_it(scene: Scene) -> None:
-    scene.env["CELERYKIT_UNKNOWN_TASK_GRACE"] = "30"
-    scene.worker()
+    scene.env["CELERYKIT_UNKNOWN_TASK_GRACE"] = "60"
+    old = scene.worker()
     sent = scene.shop.app.send_task("tests.faults.shop.novelty")
     scene.sent.append(sent.id)
     scene.canary()
@@ -275,8 +275,9 @@ def test_a_task_that_only_a_newer_worker_knows_waits_for_it(scene: Scene) -> Non
     assert not scene.letters
 
     scene.worker(deploy="new")
+    old.stop()
 
-    scene.reached("effect", sent.id, within=30)
+    scene.reached("effect", sent.id)
     scene.verdict("A task that only a newer worker knows, sent during a rolling deploy")
     assert not scene.letters
 
