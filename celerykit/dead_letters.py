@@ -444,27 +444,35 @@ class Filter:
     id: str | Collection[str] | None = None
     fingerprint: str | None = None
     queue: str | None = None
+    _reasons: frozenset[str] = field(init=False, repr=False)
+    _names: frozenset[str] = field(init=False, repr=False)
+    _lengths: frozenset[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # There may be thousands of names, and of letters.
+        object.__setattr__(self, "_reasons", _several(self.reason))
+        object.__setattr__(self, "_names", _several(self.id))
+        object.__setattr__(self, "_lengths", frozenset(len(name) for name in self._names if len(name) >= 8))
 
     def matches(self, note: Note) -> bool:
         """Tell whether this is the note of such a letter."""
         return (
             (self.task is None or fnmatchcase(note.task or "", self.task))
-            and (self.reason is None or note.reason in _several(self.reason))
+            and (self.reason is None or note.reason in self._reasons)
             and (self.error is None or fnmatchcase(note.error, self.error) or self.error in note.message)
             and (self.since is None or note.died_at >= self.since)
             and (self.until is None or note.died_at < self.until)
-            and (self.id is None or any(_is_named(note, name) for name in _several(self.id)))
+            and (self.id is None or self._is_named(note))
             and (self.fingerprint is None or note.fingerprint == self.fingerprint)
             and (self.queue is None or note.queue == self.queue)
         )
 
+    def _is_named(self, note: Note) -> bool:
+        return note.id in self._names or any(note.letter[:length] in self._names for length in self._lengths)
 
-def _several(value: str | Collection[str]) -> Collection[str]:
-    return (value,) if isinstance(value, str) else value
 
-
-def _is_named(note: Note, name: str) -> bool:
-    return name in (note.letter, note.id) or (len(name) >= 8 and note.letter.startswith(name))
+def _several(value: str | Collection[str] | None) -> frozenset[str]:
+    return frozenset(() if value is None else (value,) if isinstance(value, str) else value)
 
 
 # Again

@@ -57,17 +57,18 @@ def bury(app: CeleryKit, letter: Letter) -> None:
 def _bury(app: CeleryKit, letter: Letter) -> None:
     name = app.settings.kit.dead_letter_queue
     here = _declared.setdefault(app, set())
-    with app.producer_pool.acquire(block=True) as producer:
-        if os.getpid() not in here:
-            # Asked for its channel, it connects.
-            declare(cast("Any", producer.channel).connection.client, name)
-            here.add(os.getpid())
-        try:
+    if os.getpid() not in here:
+        # Over a connection of its own: one from the pool may have been lost, which is only noticed here.
+        with app.connection_for_write() as connection:
+            declare(connection, name)
+        here.add(os.getpid())
+    try:
+        with app.producer_pool.acquire(block=True) as producer:
             publish(producer, letter, queue=name)
-        except Exception:
-            # The queue may be gone. It is looked for at the next try.
-            here.discard(os.getpid())
-            raise
+    except Exception:
+        # The queue may be gone. It is looked for at the next try.
+        here.discard(os.getpid())
+        raise
 
 
 # Out
