@@ -298,6 +298,7 @@ class _QoS(_StockQoS):  # type: ignore[misc]
         super().__init__(channel, *args, **kwargs)
         self._connection = channel.connection.client
         self._hold: Hold = self._connection.hold
+        self._kept: tuple[Any, _Unacked] | None = None
 
     def append(self, message: Any, delivery_tag: str) -> None:
         self._hold.take(delivery_tag, by=self._connection)
@@ -311,9 +312,9 @@ class _QoS(_StockQoS):  # type: ignore[misc]
 
     def ack(self, delivery_tag: str) -> None:
         self._hold.drop(delivery_tag)
-        if not self._tried(super().ack, delivery_tag):
+        if not self._tried(lambda: self._unacked().acknowledge([delivery_tag])):
             self._hold.finished.append(delivery_tag)
-            virtual.QoS.ack(self, delivery_tag)
+        virtual.QoS.ack(self, delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         self._hold.drop(delivery_tag)
@@ -335,7 +336,11 @@ class _QoS(_StockQoS):  # type: ignore[misc]
         """Do nothing: a `Keeper` does it, also while the event loop stands still."""
 
     def _unacked(self) -> _Unacked:
-        return _Unacked(redis.Redis(connection_pool=self.channel.pool), self.channel)
+        # Clients are slow to make, and Kombu makes one for each message. A channel that was closed has another pool.
+        pool = self.channel.pool
+        if self._kept is None or self._kept[0] is not pool:
+            self._kept = pool, _Unacked(redis.Redis(connection_pool=pool), self.channel)
+        return self._kept[1]
 
     def _tried(self, do: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
         """Tell whether this channel could do it: not one that is closed, or whose server is away."""
