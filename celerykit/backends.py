@@ -6,6 +6,9 @@ anybody will wait for it; with the backend down, publishing then blocks for
 seconds. Waiting subscribes as well, and looks at what is stored already, so
 nothing is missed by leaving the first subscription out.
 
+A chord needs the backend, to count its members: with the backend down, sending
+one is an error, in as much time as publishing may take.
+
 And stock, with the backend down, a task that has finished either loses its
 result, or, told to try for ever (``result_backend_always_retry``), everybody
 does, who only asks for a state, too. Here it is the finished task that tries on.
@@ -13,15 +16,25 @@ does, who only asks for a state, too. Here it is the finished task that tries on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import celery.backends.redis
+import redis
 from celery._state import get_current_worker_task
 
+from celerykit.connections import ending_client
+from celerykit.deadline import DeadlinePassed, within
+from celerykit.publishing import UnreachableBroker
 from celerykit.settings import settle
 from celerykit.task import FINISHED
 
 __all__ = ["RedisBackend", "SentinelBackend"]
+
+
+def _has_finished() -> bool:
+    return hasattr(getattr(get_current_worker_task(), "request", None), FINISHED)
 
 
 class _Patient:
@@ -32,7 +45,7 @@ class _Patient:
     @property
     def always_retry(self) -> bool:
         """Tell Celery whether to try an operation again that failed."""
-        return self._is_told_to or hasattr(getattr(get_current_worker_task(), "request", None), FINISHED)
+        return self._is_told_to or _has_finished()
 
     @always_retry.setter
     def always_retry(self, value: bool) -> None:
@@ -93,6 +106,39 @@ class RedisBackend(_Patient, celery.backends.redis.RedisBackend):
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Do nothing; see the module."""
+
+    def _create_client(self, **params: Any) -> Any:
+        stock: Any = super()
+        return stock._create_client(
+            **params | {"connection_class": ending_client(params.get("connection_class", redis.Connection))}
+        )
+
+    def apply_chord(self, *args: Any, **kwargs: Any) -> Any:
+        """Note what a chord's members are, within the time of a publish."""
+        with self._within_a_publish():
+            return super().apply_chord(*args, **kwargs)
+
+    def set_chord_size(self, *args: Any, **kwargs: Any) -> None:
+        """Note how many members a chord has, within the time of a publish."""
+        stock: Any = super()
+        with self._within_a_publish():
+            stock.set_chord_size(*args, **kwargs)
+
+    @contextmanager
+    def _within_a_publish(self) -> Iterator[None]:
+        kit = cast("Any", self).app.settings.kit
+        if kit.profile == "stock" or _has_finished():
+            yield
+            return
+        try:
+            with within(kit.publish_deadline.total_seconds()):
+                yield
+        except DeadlinePassed as error:
+            raise UnreachableBroker(
+                f"a chord: the result backend, where its members are counted, did not answer ({error}). Members may "
+                "have been sent; the body will not run. Check that it runs, and CELERY_RESULT_BACKEND.",
+                reason=str(error),
+            ) from error
 
 
 class SentinelBackend(_Patient, celery.backends.redis.SentinelBackend):

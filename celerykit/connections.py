@@ -29,7 +29,7 @@ from kombu.transport import pyamqp
 from celerykit import deadline
 from celerykit.deadline import DeadlinePassed, DeadlineSocket
 
-__all__ = ["Connection", "Producer", "ProducerPool", "Unroutable", "keeps_to_deadline"]
+__all__ = ["Connection", "Producer", "ProducerPool", "Unroutable", "ending_client", "keeps_to_deadline"]
 
 
 class Unroutable(Exception):
@@ -114,6 +114,15 @@ class ProducerPool(kombu.pools.ProducerPool):
         """Take a producer, and wait for one at the most as long as a publish may take."""
         with self._sending() if deadline.current() is None else nullcontext():
             return _acquire(super().acquire, self, block, timeout)
+
+    def prepare(self, p: Any) -> Any:
+        """Give a producer a connection."""
+        try:
+            return super().prepare(p)
+        except DeadlinePassed:
+            # Kombu would give back the connection it had last, which is somebody else's by now.
+            p.__connection__ = None
+            raise
 
 
 def _acquire(acquire: Any, pool: Any, block: bool, timeout: float | None) -> Any:
@@ -237,7 +246,7 @@ def _on_blocked(reason: str) -> None:
 
 
 @cache
-def _ending_client(connection: Any) -> Any:
+def ending_client(connection: Any) -> Any:
     """Give a class of redis-py's connections, whose sockets keep to the deadline."""
 
     class EndingConnection(connection):  # type: ignore[misc]
@@ -269,13 +278,13 @@ def _ending_redis(transport: Any) -> Any:
     stock = transport.Channel
 
     class Channel(stock):  # type: ignore[misc, valid-type]
-        connection_class = _ending_client(stock.connection_class)
-        connection_class_ssl = _ending_client(stock.connection_class_ssl)
+        connection_class = ending_client(stock.connection_class)
+        connection_class_ssl = ending_client(stock.connection_class_ssl)
 
         def _connparams(self, asynchronous: bool = False) -> Any:
             found = super()._connparams(asynchronous)
             if found["connection_class"] is UnixDomainSocketConnection:
-                found["connection_class"] = _ending_client(UnixDomainSocketConnection)
+                found["connection_class"] = ending_client(UnixDomainSocketConnection)
             return found
 
         def basic_publish(self, *args: Any, **kwargs: Any) -> Any:
