@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
 from typing import Any
 
+import botocore.exceptions
+import httpx
 import pytest
+import requests
 import time_machine
 
 from celerykit.call import Call, Later, Stopped
@@ -273,7 +276,6 @@ def test_a_default_in_seconds_is_the_same_each_time() -> None:
 
 
 def test_it_reads_a_response_of_httpx() -> None:
-    httpx = pytest.importorskip("httpx")
     response = httpx.Response(503, headers={"Retry-After": "7"}, request=httpx.Request("GET", "http://h"))
 
     with pytest.raises(httpx.HTTPStatusError) as caught:
@@ -285,7 +287,6 @@ def test_it_reads_a_response_of_httpx() -> None:
 
 def test_it_reads_a_response_of_requests() -> None:
     """Whose responses are false when they tell of an error."""
-    requests = pytest.importorskip("requests")
     response = requests.Response()
     response.status_code = 503
     response.headers["Retry-After"] = "7"
@@ -298,19 +299,10 @@ def test_it_reads_a_response_of_requests() -> None:
 
 
 def test_it_reads_a_response_of_botocore() -> None:
-    class ClientError(Exception):
-        """As botocore has it."""
+    told = {"Error": {"Code": "SlowDown"}, "ResponseMetadata": {"HTTPHeaders": {"retry-after": "7"}}}
 
-        response: Mapping[str, Any] = {
-            "Error": {"Code": "SlowDown"},
-            "ResponseMetadata": {"HTTPStatusCode": 503, "HTTPHeaders": {"retry-after": "7"}},
-        }
-
-    assert waits(RetryAfter(), error=ClientError()) == 7
-
-    ClientError.response = {"Error": {}}
-
-    assert waits(RetryAfter(default=2), error=ClientError()) == 2
+    assert waits(RetryAfter(), error=botocore.exceptions.ClientError(told, "PutObject")) == 7
+    assert waits(RetryAfter(default=2), error=botocore.exceptions.ClientError({"Error": {}}, "PutObject")) == 2
 
 
 # Printing
