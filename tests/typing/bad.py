@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from good import Order, Receipt, app, charge, fetch, mail, order, ship
 
+from celerykit import Backoff, Retry
+
 charge.delay(1)  # wrong: the type of an argument
 charge.delay()  # wrong: a missing argument
 charge.delay(order, currencyy="EUR")  # wrong: a misspelt argument
@@ -27,6 +29,15 @@ charge.AsyncResult("id").get().totl  # wrong: a result by its id is typed
 
 @app.task(queu="x")  # wrong: a misspelt option of a task
 def f(order: Order) -> None: ...
+
+
+@app.task(on_crash="explode")  # wrong: not one of the two
+def h() -> None: ...
+
+
+Retry({"OSError": Backoff()})  # wrong: the name of an exception, and not its class
+Retry(OSError, attempts="3")  # wrong: the type of an option of a policy
+app.dead_letters.find(resaon="failed")  # wrong: a misspelt filter
 
 
 async def g() -> None:

@@ -6,13 +6,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any, Literal, assert_type
 
 from celery import chain, chord, group
 from pydantic import BaseModel
 
-from celerykit import Call, CeleryKit, Next, Result, Task, shared_task
+from celerykit import (
+    Backoff,
+    Call,
+    CeleryKit,
+    Dead,
+    Next,
+    Result,
+    Retry,
+    RetryAfter,
+    Snooze,
+    Task,
+    shared_task,
+)
 
 Currency = Literal["EUR", "USD"]
 
@@ -113,3 +126,29 @@ group([charge.si(order), charge.s(order).set(queue="slow")]).apply_async()
 # Many calls.
 assert_type(charge.enqueue_many([(order,), {"order": order}, charge.s(order)]), list[Result[Receipt]])
 app.enqueue_many([charge.s(order), mail.s("hello")])
+
+
+# Policies.
+class Declined(Exception): ...
+
+
+@app.task(
+    retry=Retry(
+        {OSError: Backoff(base=1, cap=timedelta(minutes=1)), KeyError: RetryAfter(), Declined: Dead()}, attempts=3
+    ),
+    on_crash="bury",
+)
+def collect(order: Order) -> Receipt:
+    raise Snooze(5)
+
+
+assert_type(collect.delay(order).get(), Receipt)
+assert_type(collect.retry_policy, Retry | None)
+CeleryKit("with a policy", retry=Retry(OSError, within=timedelta(hours=1)))
+
+# Dead letters.
+[letter.note.reason for letter in app.dead_letters.find(task=collect.name, since=timedelta(hours=2))]
+assert_type(
+    app.dead_letters.replay(error="Declined", rate="20/s", edit=lambda args, kwargs: (args, kwargs)).replayed, int
+)
+assert_type(app.dead_letters.purge(reason="expired"), int)
