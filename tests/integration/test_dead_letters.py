@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -59,7 +60,13 @@ def mine(url: str, valkey: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "mine_project.py").write_text(PROJECT)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}")
-    env = {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": valkey.backend_url}
+    env = {
+        "CELERY_BROKER_URL": url,
+        "CELERY_RESULT_BACKEND": valkey.backend_url,
+        # What a killed worker left behind is not the next test's.
+        "CELERY_TASK_DEFAULT_QUEUE": f"work-{uuid4()}",
+        "CELERYKIT_DEAD_LETTER_QUEUE": f"dead-{uuid4()}",
+    }
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delitem(sys.modules, "mine_project", raising=False)
@@ -67,7 +74,6 @@ def mine(url: str, valkey: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with services.worker("mine_project", url=url, env=env, cwd=tmp_path, concurrency=2):
         yield mine_project
-    mine_project.app.dead_letters.purge()
 
 
 def effects(mine: Any) -> list[str]:
