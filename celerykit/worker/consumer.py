@@ -55,7 +55,8 @@ class Consumer(_Stock):  # type: ignore[misc]
             starts=Starts(app.store, limit=app.settings.kit.max_deliveries),
             call_after=self._call_after,
         )
-        self.leases = Leases(app.settings.kit.lease, on_garbage=self.undertaker.bury_item)
+        lease, pool = app.settings.kit.lease, kwargs.get("pool")
+        self.leases = Leases(lease, on_garbage=self.undertaker.bury_item, pool=pool)
         super().__init__(self._admit, *args, **kwargs)
 
     # Connecting
@@ -69,6 +70,11 @@ class Consumer(_Stock):  # type: ignore[misc]
         connection = super().connect()
         self.leases.follow(connection)
         return connection
+
+    def shutdown(self) -> None:
+        """Let the connection go, and then its leases. Celery calls this when the pool has stopped."""
+        super().shutdown()
+        self.leases.stop()
 
     # Letting start
 

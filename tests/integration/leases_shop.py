@@ -34,6 +34,10 @@ class Consumer(Stock):
         self.leases.follow(connection)
         return connection
 
+    def shutdown(self) -> None:
+        super().shutdown()
+        self.leases.stop()
+
     def _on_garbage(self, queue: str, item: bytes, error: Exception) -> None:
         # As somebody whose first try fails.
         if ledger().incr(f"garbage tries:{item!r}") == 1:

@@ -128,7 +128,7 @@ def test_a_killed_workers_messages_come_back_in_their_order(pool: str, start: St
             "behind",
         ]
         assert waiting[0]["properties"]["delivery_info"]["redelivered"] is True
-        assert "leases.restored" in other.log
+        other.wait_for("leases.restored")
         assert not client.exists("celerykit.unacked")
 
 
