@@ -68,7 +68,6 @@ _PUBLISHERS = 10
 _GRACE = 0.25
 
 
-
 class TaskOptions(TypedDict, total=False):
     """The options a task can be declared with."""
 
@@ -248,7 +247,9 @@ class CeleryKit(celery.Celery):
         """Where counts and marks are kept: ``CELERYKIT_STORE_URL``, or the broker or result backend if it can."""
         if self._store is None:
             url, tls = self._store_url()
-            self._store = open_store(url, timeout=_STORE_TIMEOUT, tls=tls)
+            # Where several apps share a server, they tell their keys apart by this.
+            prefix = (self.conf.broker_transport_options or {}).get("global_keyprefix") or ""
+            self._store = open_store(url, timeout=_STORE_TIMEOUT, tls=tls, prefix=f"{prefix}celerykit:")
         return self._store
 
     def _store_url(self) -> tuple[str, Any]:
