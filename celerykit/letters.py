@@ -60,6 +60,7 @@ def _bury(app: CeleryKit, letter: Letter) -> None:
     if os.getpid() not in here:
         # Over a connection of its own: one from the pool may have been lost, which is only noticed here.
         with app.connection_for_write() as connection:
+            connection.ensure_connection(max_retries=1, interval_start=0)
             declare(connection, name)
         here.add(os.getpid())
     try:

@@ -49,7 +49,7 @@ def letter_queue(app: CeleryKit, *, lock_within: float) -> Iterator[LetterQueue]
     """
     # Without heartbeats, which nobody would send while a person looks at a letter.
     connection: Any = app.connection_for_write(heartbeat=0, transport_options={"confirm_publish": True})
-    with connection, _telling_failures(app, connection):
+    with connection, _telling_failures(connection):
         with sending(app, "dead letters"):
             connection.ensure_connection(max_retries=1, interval_start=0)
         kind = _KINDS.get(connection.transport.driver_type, OtherQueue)
@@ -62,7 +62,7 @@ def letter_queue(app: CeleryKit, *, lock_within: float) -> Iterator[LetterQueue]
 
 
 @contextmanager
-def _telling_failures(app: CeleryKit, connection: Any) -> Iterator[None]:
+def _telling_failures(connection: Any) -> Iterator[None]:
     try:
         yield
     except UnreachableBroker:
