@@ -149,8 +149,9 @@ def _ending(transport: Any) -> Any:
     """Give a transport's class with sockets that keep to the deadline, if we know how."""
     if transport in (pyamqp.Transport, pyamqp.SSLTransport):
         return type(transport.__name__, (transport,), {"Connection": _AMQPConnection, "keeps_to_deadline": True})
-    if transport.driver_type == "redis":
+    if transport.__module__ == "kombu.transport.redis":
         return _ending_redis(transport)
+    # Somebody else's, or a worker's own (`celerykit.redis_broker`), which publishes nothing.
     return transport
 
 

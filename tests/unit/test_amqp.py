@@ -1,0 +1,133 @@
+"""
+What `app.amqp` makes of a call: where it goes, and what the message says of that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kombu
+import kombu.pools
+import pytest
+
+from celerykit.amqp import DELIVERY_LIMIT, Queues
+from celerykit.headers import HEADER, Headers
+
+
+@pytest.fixture
+def ping(app: Any) -> Any:
+    @app.task(name="ping")
+    def ping(n: int = 0) -> None: ...
+
+    return ping
+
+
+def sent_to(app: Any, queue: str) -> Any:
+    """Take the newest message of a queue in memory."""
+    with app.connection_for_read() as connection:
+        messages = []
+        while (message := kombu.Queue(queue)(connection.default_channel).get(no_ack=True)) is not None:
+            messages.append(message)
+    return messages[-1]
+
+
+def test_a_message_says_which_queue_it_was_sent_to(app: Any, ping: Any) -> None:
+    ping.delay()
+    ping.apply_async(queue="aside")
+
+    assert Headers.of(sent_to(app, "celery").headers).queue == "celery"
+    assert Headers.of(sent_to(app, "aside").headers).queue == "aside"
+
+
+def test_a_route_is_a_queue_too(make_app: Any) -> None:
+    app = make_app(task_routes={"ping": "routed"})
+
+    @app.task(name="ping")
+    def ping() -> None: ...
+
+    ping.delay()
+
+    assert Headers.of(sent_to(app, "routed").headers).queue == "routed"
+
+
+def test_what_is_addressed_to_an_exchange_names_no_queue(app: Any) -> None:
+    routed = app.amqp.router.route({"exchange": "elsewhere", "routing_key": "key"}, "ping")
+
+    assert "celerykit_queue" not in routed
+
+
+def test_a_retry_goes_where_the_call_was_sent_first(app: Any) -> None:
+    """
+    Celery addresses it as its message came, which behind a delay is not where it was sent.
+    """
+    came = {"exchange": "celery_delayed_delivery", "routing_key": "0.0.1.aside", "redelivered": False}
+    headers = {HEADER: {"v": 1, "queue": "aside"}}
+
+    routed = app.amqp.router.route({**came, "headers": headers, "retries": 1}, "ping")
+
+    assert routed["queue"].name == "aside"
+    assert not routed.keys() & {"exchange", "routing_key"}
+    assert app.amqp.router.route({**came, "queue": "other", "headers": headers}, "ping")["queue"].name == "other"
+
+
+def test_a_foreign_task_is_sent_without_our_header(app: Any) -> None:
+    app.send_task("foreign", queue="foreign")
+
+    assert HEADER not in sent_to(app, "foreign").headers
+
+
+def test_the_expiry_stays_a_header_and_no_order_to_the_broker(app: Any, ping: Any) -> None:
+    ping.apply_async(expires=60)
+    message = sent_to(app, "celery")
+    assert message.headers["expires"]
+    assert "expiration" not in message.properties
+
+    ping.apply_async(expiration=60)
+    assert sent_to(app, "celery").properties["expiration"] == "60000"
+
+
+def test_naps_between_two_tries_are_short_against_the_deadline(make_app: Any) -> None:
+    app = make_app(publish_deadline=2)
+    sent: dict[str, Any] = {}
+
+    class Producer(app.amqp.Producer):  # type: ignore[misc, name-defined]
+        def publish(self, body: Any, **options: Any) -> None:
+            sent.update(options)
+
+    with app.connection_for_write() as connection:
+        policy = {"interval_start": 30, "interval_max": 90, "max_retries": None}
+        app.send_task("foreign", producer=Producer(connection), retry_policy=policy)
+
+    assert sent["retry_policy"]["interval_start"] == sent["retry_policy"]["interval_max"] == 0.2
+    assert sent["retry_policy"]["max_retries"] is None
+
+
+@pytest.mark.parametrize("with_limit", [True, False])
+def test_only_quorum_queues_that_are_our_choice_get_our_limit(with_limit: bool) -> None:
+    queues: Any = Queues(create_missing_queue_type="quorum", create_missing=True)
+    queues.with_limit = with_limit
+
+    expected = {"x-delivery-limit": DELIVERY_LIMIT} if with_limit else {}
+    assert queues["new"].queue_arguments == {"x-queue-type": "quorum", **expected}
+
+
+def test_queues_of_the_user_stay_as_they_are(make_app: Any) -> None:
+    mine = kombu.Queue("mine", kombu.Exchange("mine", "topic"), "mine", queue_arguments={"x-queue-type": "quorum"})
+
+    app = make_app(task_queues=[mine])
+
+    assert app.amqp.queues["mine"].queue_arguments == {"x-queue-type": "quorum"}
+
+
+def test_a_quorum_queue_the_user_asked_for_may_exist_without_a_limit(make_app: Any) -> None:
+    app = make_app(task_default_queue_type="quorum")
+
+    assert app.amqp.queues["celery"].queue_arguments == {"x-queue-type": "quorum"}
+
+
+def test_the_stock_profile_has_stock_connections(make_app: Any) -> None:
+    app = make_app(profile="stock")
+
+    assert type(app.connection_for_write()) is kombu.Connection
+    assert type(app.producer_pool) is kombu.pools.ProducerPool
+    assert app.amqp.Producer is kombu.Producer
