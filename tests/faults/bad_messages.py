@@ -132,23 +132,23 @@ MESSAGES = (
     _message("headers nobody knows", **{"x-anything": 1}),
 )
 
-_ENVELOPE = {
-    "body": base64.b64encode(json.dumps([[], {}, _EMBED]).encode()).decode(),
-    "content-type": "application/json",
-    "content-encoding": "utf-8",
-    "headers": {"task": f"{SHOP}.work", "id": "of-an-envelope"},
-    "properties": {
-        "body_encoding": "base64",
-        "delivery_info": {"exchange": "", "routing_key": "faults"},
-        "delivery_mode": 2,
-        "delivery_tag": "a-tag",
-        "priority": 0,
-    },
-}
 
-
-def _envelope_without(name: str) -> dict[str, Any]:
-    return {key: value for key, value in _ENVELOPE.items() if key != name}
+def _envelope(**instead: Any) -> dict[str, Any]:
+    """Make what Kombu writes, but for what is given; what is given as None is left out."""
+    good = {
+        "body": base64.b64encode(json.dumps([[], {}, _EMBED]).encode()).decode(),
+        "content-type": "application/json",
+        "content-encoding": "utf-8",
+        "headers": {"task": f"{SHOP}.work", "id": str(uuid.uuid4())},
+        "properties": {
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "faults"},
+            "delivery_mode": 2,
+            "delivery_tag": str(uuid.uuid4()),
+            "priority": 0,
+        },
+    }
+    return {name: value for name, value in (good | instead).items() if value is not None}
 
 
 #: What may stand on a Redis list; Kombu writes an object there.
@@ -157,13 +157,10 @@ BROKEN_ENVELOPES: Mapping[str, Any] = {
     "not UTF-8": b"\xff\xfe\xfd",
     "a list": [1, 2],
     "a number": 7,
-    "without properties": _envelope_without("properties"),
-    "without a body": _envelope_without("body"),
-    "without a delivery tag": {
-        **_ENVELOPE,
-        "properties": {"body_encoding": "base64", "delivery_info": {"exchange": "", "routing_key": ""}},
-    },
-    "body is not base64": {**_ENVELOPE, "body": "%%%"},
-    "properties are text": {**_ENVELOPE, "properties": "text"},
-    "headers are a list": {**_ENVELOPE, "headers": [1]},
+    "without properties": _envelope(properties=None),
+    "without a body": _envelope(body=None),
+    "without a delivery tag": _envelope(properties={"delivery_info": {"exchange": "", "routing_key": ""}}),
+    "body is not base64": _envelope(body="%%%"),
+    "properties are text": _envelope(properties="text"),
+    "headers are a list": _envelope(headers=[1]),
 }
