@@ -211,7 +211,7 @@ def test_all_messages_are_looked_at_whatever_their_priority() -> None:
 
 
 def test_what_workers_have_taken_is_where_our_workers_put_it() -> None:
-    assert pytest.importorskip("celerykit.redis_broker")._OURS == queues._OURS
+    assert pytest.importorskip("celerykit.redis_broker.channel")._OURS == queues._OURS
 
 
 def test_a_waiting_message_is_found_in_its_queue(shop: Any, broker: FakeClient) -> None:

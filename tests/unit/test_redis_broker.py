@@ -9,8 +9,8 @@ from typing import Any
 import kombu
 import pytest
 
-from celerykit import redis_broker
 from celerykit.redis_broker import KNOWN, Garbage, Hold, guard, whats_unknown
+from celerykit.redis_broker import channel as redis_broker
 from celerykit.worker.leases import Leases
 
 
