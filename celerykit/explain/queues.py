@@ -11,9 +11,6 @@ __all__ = ["messages"]
 #: Messages that are fetched at a time; each may be a megabyte.
 _BATCH = 50
 
-#: Before the name of the hash of what our workers have taken; without it, of what stock ones have (`redis_broker`).
-_OURS = "celerykit."
-
 _TAKEN = "was taken by a worker, which runs it or keeps it for its time"
 
 
@@ -27,13 +24,16 @@ def messages(channel: Any, *, skip: str) -> Iterator[tuple[str, str, Mapping[str
         skip:
             A queue that is left out.
     """
+    # Imported for Redis only.
+    from celerykit.redis_broker import OUR_KEYS
+
     client, prefix = _client(channel), channel.global_keyprefix or ""
     for name in sorted(_queues(client, channel, prefix) - {skip}):
         for step in channel.priority_steps:
             key = f"{prefix}{name}{channel.sep}{step}" if step else f"{prefix}{name}"
             for item in _listed(client, key):
                 yield f"queue {name}", "is waiting", _headers(_read(item))
-    for owner in (_OURS, ""):
+    for owner in (OUR_KEYS, ""):
         for _, item in client.hscan_iter(f"{prefix}{owner}{channel.unacked_key}", count=_BATCH):
             match _read(item):
                 case [message, _, name, *_]:

@@ -210,10 +210,6 @@ def test_all_messages_are_looked_at_whatever_their_priority() -> None:
     assert ids == [*map(str, range(120)), None, None, "p"]
 
 
-def test_what_workers_have_taken_is_where_our_workers_put_it() -> None:
-    assert pytest.importorskip("celerykit.redis_broker.channel")._OURS == queues._OURS
-
-
 def test_a_waiting_message_is_found_in_its_queue(shop: Any, broker: FakeClient) -> None:
     headers = Headers(sent_at=1.0, due_at=86400.0).added_to({})
     broker.lists["slow"] = [message("other"), message(ID, **headers)]

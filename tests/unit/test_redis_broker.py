@@ -8,9 +8,10 @@ from typing import Any
 
 import kombu
 import pytest
+from kombu.transport import redis as stock
 
-from celerykit.redis_broker import KNOWN, Garbage, Hold, guard, whats_unknown
-from celerykit.redis_broker import channel as redis_broker
+from celerykit.redis_broker import KNOWN, Garbage, Hold, guard, known, whats_unknown
+from celerykit.redis_broker.channel import Channel
 from celerykit.worker.leases import Leases
 
 
@@ -27,7 +28,7 @@ def test_this_kombu_is_one_that_leases_were_made_for() -> None:
 def test_a_kombu_that_is_not_known_is_left_as_it_is_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(redis_broker, "KNOWN", {(4, 0)})
+    monkeypatch.setattr(known, "KNOWN", {(4, 0)})
     connection = kombu.Connection("redis://:hush@nowhere.invalid//")
 
     with caplog.at_level(logging.WARNING):
@@ -39,7 +40,7 @@ def test_a_kombu_that_is_not_known_is_left_as_it_is_with_a_warning(
 
 
 def test_a_kombu_that_lost_a_part_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(redis_broker.stock.Channel, "_brpop_read")
+    monkeypatch.delattr(stock.Channel, "_brpop_read")
 
     assert "Channel._brpop_read" in whats_unknown()
 
@@ -71,7 +72,7 @@ def test_a_guarded_connection_switches_to_other_brokers() -> None:
     guarded.maybe_switch_next()
 
     assert guarded.hostname == "two"
-    assert guarded.get_transport_cls().Channel.__mro__[1] is redis_broker._Channel
+    assert guarded.get_transport_cls().Channel.__mro__[1] is Channel
     guarded.maybe_switch_next()
     assert guarded.get_transport_cls() is kombu.Connection("memory://").get_transport_cls()
 
