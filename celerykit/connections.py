@@ -148,11 +148,23 @@ def keeps_to_deadline(connection: Any) -> bool:
 def _ending(transport: Any) -> Any:
     """Give a transport's class with sockets that keep to the deadline, if we know how."""
     if transport in (pyamqp.Transport, pyamqp.SSLTransport):
-        return type(transport.__name__, (transport,), {"Connection": _AMQPConnection, "keeps_to_deadline": True})
+        return type(transport.__name__, (_Sharing, transport), {"Connection": _AMQPConnection})
     if transport.__module__ == "kombu.transport.redis":
         return _ending_redis(transport)
     # Somebody else's, or a worker's own (`celerykit.redis_broker`), which publishes nothing.
     return transport
+
+
+class _Sharing:
+    """For a transport of Kombu: a broker that is silent leaves time for the next in a list of them."""
+
+    keeps_to_deadline = True
+    client: Any
+
+    def establish_connection(self) -> Any:
+        stock: Any = super()
+        with deadline.share_of(len(self.client.alt)):
+            return stock.establish_connection()
 
 
 class _Ending:
@@ -292,4 +304,4 @@ def _ending_redis(transport: Any) -> Any:
             with deadline.leaving():
                 return super().basic_publish(*args, **kwargs)
 
-    return type(transport.__name__, (transport,), {"Channel": Channel, "keeps_to_deadline": True})
+    return type(transport.__name__, (_Sharing, transport), {"Channel": Channel})

@@ -23,6 +23,7 @@ __all__ = [
     "leaving",
     "left",
     "mark_as_sent",
+    "share_of",
     "stop_in_time",
     "within",
 ]
@@ -96,6 +97,26 @@ def within(seconds: float) -> Iterator[Deadline]:
         yield deadline
     finally:
         _current.reset(token)
+
+
+@contextmanager
+def share_of(parts: int) -> Iterator[None]:
+    """
+    Give what is done in here one of so many equal parts of what is left.
+
+    Raises:
+        TimeoutError: That has passed, and the deadline has not.
+    """
+    outer = _current.get()
+    if outer is None or parts < 2:
+        yield
+        return
+    try:
+        with within(outer.left() / parts):
+            yield
+    except DeadlinePassed as error:
+        outer.left()
+        raise TimeoutError(str(error)) from error
 
 
 def left(seconds: float | None) -> float | None:

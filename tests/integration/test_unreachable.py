@@ -231,6 +231,15 @@ def test_no_retry_policy_outlasts_the_deadline() -> None:
             app.send_task("foreign", retry_policy=never)
 
 
+@pytest.mark.parametrize("behaviour", [services.refused, services.frozen])
+def test_a_broker_that_is_silent_leaves_time_for_the_next_one(behaviour: Any) -> None:
+    # Kombu cannot go on to a Unix socket.
+    with services.valkey(port=0) as server, behaviour() as port:
+        ping = task_of(app_at(f"redis://127.0.0.1:{port}/0;{server.url}"))
+        with ends_soon():
+            ping.delay()
+
+
 def test_canvas_ends_as_one_call_does() -> None:
     with services.valkey() as server:
         ping = task_of(app_at(server.url, backend=server.backend_url))

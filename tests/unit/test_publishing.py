@@ -47,6 +47,19 @@ def test_what_passed_is_no_wait_at_all() -> None:
         deadline.left(None)
 
 
+def test_a_part_of_it_may_pass_and_leave_the_rest() -> None:
+    def wait_for_it() -> None:
+        while True:
+            deadline.left(None)
+
+    with deadline.within(0.1):
+        with pytest.raises(TimeoutError), deadline.share_of(2):
+            wait_for_it()
+        assert deadline.left(None)
+        with pytest.raises(DeadlinePassed), deadline.share_of(1):
+            wait_for_it()
+
+
 def test_a_socket_keeps_to_the_deadline_and_else_to_its_timeout(pair: tuple[socket.socket, socket.socket]) -> None:
     ours = DeadlineSocket(pair[0])
     ours.settimeout(0.05)
