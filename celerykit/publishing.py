@@ -141,8 +141,7 @@ def explain_precondition(error: BaseException) -> str:
     what = f"The {name[1]} {name[2]!r}" if name else "It"
     return (
         f"{what} was declared differently before, and RabbitMQ cannot change it. To stay with classic queues, set "
-        "CELERY_TASK_DEFAULT_QUEUE_TYPE and CELERY_TASK_CREATE_MISSING_QUEUE_TYPE to classic, and "
-        "CELERY_TASK_DEFAULT_EXCHANGE_TYPE and CELERY_TASK_CREATE_MISSING_QUEUE_EXCHANGE_TYPE to direct. "
+        "CELERY_TASK_DEFAULT_QUEUE_TYPE=classic. "
         "For quorum queues, whose messages survive a node: let the queue run empty, delete it and the exchange of "
         "its name, and start again; or give it another name."
     )
