@@ -73,8 +73,8 @@ class Router(celery.app.routes.Router):
         """Give the options with what says where to send."""
         home = _home(options)
         if home is not None and "redelivered" in options and options.get("queue") is None:
-            # A retry, addressed as its message came. Behind a delay that is not where it was sent, and with
-            # another delay before it Celery would send it to the default queue.
+            # A retry, addressed as its message came, by exchange and routing key. Behind a delay that is not where
+            # it was sent; and with a delay before it, Celery would send it to the default queue.
             options = {key: value for key, value in options.items() if key not in _ADDRESS} | {"queue": home}
         routed = super().route(options, name, *args, **kwargs)
         queue = routed.get("queue")

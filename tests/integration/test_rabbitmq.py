@@ -290,7 +290,7 @@ def again(self, path: str) -> None:
 @pytest.mark.timeout(90)
 def test_a_retry_with_a_delay_stays_in_its_queue(rabbitmq: Any, tmp_path: Path) -> None:
     """
-    Celery sends it, behind a second delay, to the default queue.
+    Celery sends it to the default queue.
     """
     (tmp_path / "retrying.py").write_text(RETRYING.replace("{settings!r}", repr(QUORUM)))
     seen = tmp_path / "seen"
