@@ -139,7 +139,8 @@ class Headers:
         sender put there stays.
         """
         before = (message_headers or {}).get(HEADER)
-        kept = {name: value for name, value in before.items() if name not in _FACTS} if _is_mapping(before) else {}
+        theirs = before if isinstance(before, Mapping) else {}
+        kept = {name: value for name, value in theirs.items() if name not in _FACTS}
         return {**(message_headers or {}), HEADER: {**kept, "v": VERSION, **self._facts()}}
 
     def _facts(self) -> dict[str, Any]:
@@ -163,10 +164,6 @@ def _fitting(rows: list[list[Any]]) -> list[list[Any]]:
     while len(rows) > 1 and len(json.dumps(rows)) > _MAX_BYTES // 2:
         del rows[1]
     return rows
-
-
-def _is_mapping(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _text(value: Any) -> str | None:

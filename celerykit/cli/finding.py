@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 __all__ = ["found_app"]
 
@@ -20,7 +21,10 @@ def found_app(ctx: click.Context, named: str | None) -> Any:
     from celerykit.check.apps import AppNotFound, find
     from celerykit.errors import InvalidSettings
 
-    app = named or getattr(ctx.obj, "app", None)
+    own = getattr(ctx.obj, "app", None)
+    # CELERY_APP may name another app than the one that `celery -A` was told.
+    is_from_environment = ctx.get_parameter_source("named") is ParameterSource.ENVIRONMENT
+    app = own if own is not None and is_from_environment else named or own
     if app is None:
         raise click.UsageError("Which app? Name it with -A, as for `celery -A`.")
     try:

@@ -47,12 +47,13 @@ class Consumer(_Stock):  # type: ignore[misc]
 
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         app: Any = kwargs["app"]
+        kit = app.settings.kit
         self._hand_over = on_task_request
         self._held = 0
         self.undertaker = Undertaker(
             app,
             worker=kwargs.get("hostname") or "",
-            starts=Starts(app.store, limit=app.settings.kit.max_deliveries),
+            starts=Starts(app.store, limit=kit.max_deliveries, keep=kit.dead_letter_keep.total_seconds()),
             call_after=self._call_after,
         )
         lease, pool = app.settings.kit.lease, kwargs.get("pool")

@@ -49,11 +49,15 @@ class Starts:
     Args:
         limit:
             The most starts of one message.
+
+        keep:
+            How long a letter is kept, in seconds, and so can be replayed.
     """
 
-    def __init__(self, store: Store, *, limit: int) -> None:
+    def __init__(self, store: Store, *, limit: int, keep: float) -> None:
         self._store = store
         self._limit = limit
+        self._keep = keep
 
     def judge(self, request: Any) -> Verdict:
         """Count this start, if it can matter, and say whether it may happen."""
@@ -106,7 +110,7 @@ class Starts:
     def _is_superseded(self, request: Any) -> bool:
         """Tell whether this is a second copy of one replay: its sender died before it could remove the letter."""
         mark = replay_mark(request.message.headers)
-        return mark is not None and self._store.mark(mark.key, mark.value, ttl=_REMEMBERED) not in (None, mark.value)
+        return mark is not None and self._store.mark(mark.key, mark.value, ttl=self._keep) not in (None, mark.value)
 
 
 def buried_key(letter: str) -> str:

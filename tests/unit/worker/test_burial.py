@@ -45,7 +45,7 @@ def cemetery(monkeypatch: pytest.MonkeyPatch) -> Cemetery:
 
 @pytest.fixture
 def undertaker(app: Any) -> Undertaker:
-    undertaker = Undertaker(app, worker="w1", starts=Starts(app.store, limit=3), call_after=lambda *args: None)
+    undertaker = Undertaker(app, worker="w1", starts=Starts(app.store, limit=3, keep=60), call_after=lambda *args: None)
     undertaker._evicts_at = float("inf")
     return undertaker
 

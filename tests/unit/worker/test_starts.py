@@ -45,11 +45,11 @@ def store() -> SharedStore:
 
 @pytest.fixture
 def starts(store: SharedStore) -> Starts:
-    return Starts(store, limit=3)
+    return Starts(store, limit=3, keep=60)
 
 
 def test_a_fresh_message_starts_without_asking_the_store() -> None:
-    assert Starts(BrokenStore(), limit=3).judge(request(redelivered=False)) is Verdict.START
+    assert Starts(BrokenStore(), limit=3, keep=60).judge(request(redelivered=False)) is Verdict.START
 
 
 def test_a_message_is_started_three_times(starts: Starts) -> None:
@@ -86,18 +86,18 @@ def test_on_crash_bury_starts_what_was_only_held_before(starts: Starts) -> None:
 
 
 def test_on_crash_bury_believes_the_broker_when_nobody_else_counts() -> None:
-    assert Starts(MemoryStore(), limit=3).judge(request(on_crash="bury")) is Verdict.BURY
+    assert Starts(MemoryStore(), limit=3, keep=60).judge(request(on_crash="bury")) is Verdict.BURY
 
 
 def test_without_a_shared_store_the_broker_s_count_is_a_hint() -> None:
-    starts = Starts(MemoryStore(), limit=3)
+    starts = Starts(MemoryStore(), limit=3, keep=60)
 
     assert starts.judge(request(headers={"x-delivery-count": 30})) is Verdict.START
     assert starts.judge(request(headers={"x-delivery-count": 31})) is Verdict.BURY
 
 
 def test_with_the_store_down_work_goes_on_but_nothing_that_must_not_run_twice() -> None:
-    starts = Starts(BrokenStore(), limit=3)
+    starts = Starts(BrokenStore(), limit=3, keep=60)
 
     assert starts.judge(request()) is Verdict.START
     assert starts.judge(request(on_crash="bury")) is Verdict.WAIT
