@@ -52,7 +52,8 @@ class Ledger:
     @property
     def entries(self) -> list[Entry]:
         text = self.path.read_text() if self.path.exists() else ""
-        rows = (line.split() for line in text.splitlines())
+        # What is behind the last line's end is being written.
+        rows = (line.split() for line in text.split("\n")[:-1])
         return [Entry(float(at), int(pid), task_id, int(retries), event) for at, pid, task_id, retries, event in rows]
 
     def of(self, event: str, task_id: str | None = None) -> list[Entry]:

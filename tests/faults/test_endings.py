@@ -77,6 +77,24 @@ def test_a_task_that_kills_the_whole_worker_is_kept_dead_after_three_starts(scen
     scene.verdict("Poison: the whole worker dies with the task each time, then replayed")
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_what_waits_behind_poison_is_no_poison(scene: Scene, pool: str) -> None:
+    node = scene.worker(pool=pool, concurrency=1, prefetch=4)
+    poison = scene.send(scene.shop.poison, "worker")
+    others = [scene.send(scene.shop.work) for _ in range(3)]
+    for starts in range(1, 4):
+        scene.reached("start", poison, times=starts)
+        node.process.wait(10)
+        node = scene.successor()
+
+    scene.dies(poison, of="process_died")
+    for task_id in others:
+        scene.reached("end", task_id)
+    scene.verdict(f"Poison: the whole worker ({pool}) dies each time, with others prefetched behind it")
+    assert [letter.note.id for letter in scene.letters] == [poison]
+
+
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_what_would_end_the_process_is_a_failure_of_the_task(scene: Scene, pool: str) -> None:
     scene.worker(pool=pool, concurrency=1)
