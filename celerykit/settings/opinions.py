@@ -30,6 +30,30 @@ def _acks_late(values: Mapping[str, Any], container: bool) -> bool:
     return bool(values.get("task_acks_late"))
 
 
+#: All of these or none: a queue or an exchange that exists cannot be changed.
+_QUEUE_TYPES = (
+    "task_default_queue_type",
+    "task_default_exchange_type",
+    "task_create_missing_queue_type",
+    "task_create_missing_queue_exchange_type",
+)
+_RABBITMQ = frozenset({"amqp", "amqps", "pyamqp"})
+
+
+def _quorum(values: Mapping[str, Any], container: bool) -> bool:
+    # What a user set stands in the last map, below what is held of these.
+    told = values.maps[-1] if isinstance(values, ChainMap) else values
+    # Priorities need classic queues.
+    if told.get("task_queue_max_priority") is not None or any(name in told for name in _QUEUE_TYPES):
+        return False
+    # Without a URL Celery takes amqp://.
+    urls = [told[name] for name in ("broker_url", "broker_read_url", "broker_write_url") if told.get(name)]
+    first = [url[0] if isinstance(url, list | tuple) else url for url in urls] or [
+        told.get("broker_transport") or "amqp"
+    ]
+    return all(str(url).partition(":")[0].lower() in _RABBITMQ for url in first)
+
+
 def _in_container(values: Mapping[str, Any], container: bool) -> bool:
     return container
 
@@ -82,6 +106,32 @@ OPINIONS = (
         8.0,
         "A cold shutdown first lets running tasks end. Less than the 10 s that `docker stop` waits before "
         "it kills (Kubernetes: 30 s), so that what is left goes back to the broker.",
+    ),
+    Opinion(
+        "task_default_queue_type",
+        "quorum",
+        "On RabbitMQ: a quorum queue survives a node, and counts deliveries. A queue that exists cannot be "
+        "changed: see docs/brokers.md. Not with `task_queue_max_priority`, nor when any type of queue or exchange is set.",
+        when=_quorum,
+    ),
+    Opinion(
+        "task_create_missing_queue_type",
+        "quorum",
+        "The same for queues that are first heard of when a message is sent.",
+        when=_quorum,
+    ),
+    Opinion(
+        "task_default_exchange_type",
+        "topic",
+        "RabbitMQ's delayed delivery needs it; without, a worker holds each message with a countdown. With the "
+        "two above.",
+        when=_quorum,
+    ),
+    Opinion(
+        "task_create_missing_queue_exchange_type",
+        "topic",
+        "The same for queues that are first heard of when a message is sent.",
+        when=_quorum,
     ),
     Opinion(
         "worker_concurrency",
