@@ -8,6 +8,7 @@ queue would get is an error. On every broker a message says where it was sent.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from functools import cached_property, partial
 from time import time
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +18,7 @@ import celery.app.routes
 import kombu
 import kombu.pools
 from amqp.exceptions import NotFound, PreconditionFailed
+from celery.utils.time import maybe_iso8601
 from kombu.transport.native_delayed_delivery import (
     CELERY_DELAYED_DELIVERY_EXCHANGE,
     bind_queue_to_native_delayed_delivery_exchange,
@@ -32,7 +34,7 @@ from celerykit.settings import FROM_KIT
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
-__all__ = ["AMQP", "DELIVERY_LIMIT", "Queues", "Router"]
+__all__ = ["AMQP", "DELIVERY_LIMIT", "Queues", "Router", "due_soon"]
 
 #: How often RabbitMQ takes a message back before it drops it. Every hand-back counts, at each deploy too, and
 #: RabbitMQ 4 stops at 20. Poison is bounded by `max_deliveries`, which counts starts only, and keeps the message.
@@ -40,6 +42,9 @@ DELIVERY_LIMIT = 10_000
 
 #: Where `Router` leaves the queue for `AMQP.send_task_message`: Celery takes it away from a delayed message.
 _QUEUE = "celerykit_queue"
+
+#: Where `due_soon` leaves when a message is due, for `AMQP.send_task_message` to write it.
+_DUE = "celerykit_due"
 
 #: What Celery calls the exchanges of RabbitMQ's delayed delivery.
 _DELAYED = "celery_delayed_"
@@ -57,6 +62,20 @@ class Queues(celery.app.amqp.Queues):
         """Make a queue that nobody defined."""
         queue = super().new_missing(name)
         return _limited(queue) if self.with_limit else queue
+
+
+def due_soon(options: dict[str, Any], *, now: datetime) -> dict[str, Any]:
+    """
+    Give the options of a message that is to wait for less than a second, as of one that a worker holds.
+
+    RabbitMQ's delays are whole seconds, and Celery raises a ``ValueError`` for what is not one yet.
+    """
+    countdown, eta = options.get("countdown"), options.get("eta")
+    due: datetime = cast("Any", maybe_iso8601(eta)) if eta else now + timedelta(seconds=countdown or 0)
+    due = due if due.tzinfo else due.replace(tzinfo=now.tzinfo)
+    if not 0 < (due - now).total_seconds() < 1:
+        return options
+    return {**options, "countdown": None, "eta": None, _DUE: due.isoformat()}
 
 
 def _limited(queue: Any) -> Any:
@@ -184,7 +203,9 @@ class AMQP(celery.app.amqp.AMQP):
         return partial(self._send, send)
 
     def _send(self, send: Any, producer: Any, name: str, message: Any, **options: Any) -> Any:
-        queue = options.pop(_QUEUE, None)
+        queue, due = options.pop(_QUEUE, None), options.pop(_DUE, None)
+        if due is not None:
+            message.headers["eta"] = due
         if queue is not None and (headers := options.get("headers")):
             options["headers"] = _addressed(headers, queue.name)
         if message.headers.get("expires") is not None:

@@ -33,6 +33,7 @@ from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 
 from celerykit import bulk
+from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
 from celerykit.canvas import Signature
@@ -309,6 +310,8 @@ class CeleryKit(celery.Celery):
         if getattr(task, "contract", None) is not None:
             args, kwargs, options = cast("Any", task).prepare(args, kwargs, options)
             options.setdefault("result_cls", cast("Any", task).AsyncResult)
+        if options.get("countdown") or options.get("eta"):
+            options = due_soon(options, now=self.now())
         with sending(self, name):
             return super().send_task(name, args, kwargs, **options)
 

@@ -31,7 +31,7 @@ from celerykit.contract import Contract
 from celerykit.dead_letters import error_fingerprint
 from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Attempt, Headers
-from celerykit.publishing import check_body, check_delay
+from celerykit.publishing import FAILURES, check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
 from celerykit.rollout import pause_for_newer
@@ -407,9 +407,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if not request.is_eager:
             try:
                 again.apply_async()
-            except Exception as error:
-                # Whatever it is, the message must not be lost.
-                raise _not_sent(error) from error
+            except Exception as error:  # noqa: BLE001  (which of them it is, is looked at)
+                raise _not_sent(error) from later.error
         raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=again) from None
 
     def _headers_of_next(
@@ -550,8 +549,12 @@ def _due_at(options: Mapping[str, Any], now: float) -> float | None:
     return eta.timestamp() if isinstance(eta, datetime) and eta.tzinfo else None
 
 
-def _not_sent(error: Any) -> Reject:
-    return Reject(f"the retry could not be sent: {error}", requeue=True)
+def _not_sent(error: Any) -> Exception:
+    """Say what becomes of a message whose retry could not be sent: it goes back, if it is the broker's fault."""
+    if isinstance(error, FAILURES):
+        return Reject(f"the retry could not be sent: {error}", requeue=True)
+    # It would be the same the next time.
+    return error if isinstance(error, Exception) else RuntimeError(f"the retry could not be sent: {error}")
 
 
 def _unchecked(header: Any) -> Callable[..., None]:

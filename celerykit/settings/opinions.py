@@ -111,7 +111,7 @@ OPINIONS = (
         "task_default_queue_type",
         "quorum",
         "On RabbitMQ: a quorum queue survives a node, and counts deliveries. A queue that exists cannot be "
-        "changed: see docs/brokers.md. Not with `task_queue_max_priority`, nor when any type of queue or exchange is set.",
+        "changed: see docs/brokers.md. Not with `task_queue_max_priority`, nor when a queue or exchange type is set.",
         when=_quorum,
     ),
     Opinion(

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 #: How long a count is remembered after the last start, in seconds.
 _REMEMBERED = 7 * 86400
 
+#: Starts that were handed back and do not count. Not more: a message must come to an end.
+_MOST_FORGIVEN = 100
+
 #: Without a shared store: the broker's count of deliveries for each start that is allowed. Most never started.
 _DELIVERIES_A_START = 10
 
@@ -99,7 +102,7 @@ class Starts:
 
     def _counted(self, request: Any) -> int:
         starts = self._store.add(_key("starts", request), ttl=_REMEMBERED)
-        return starts - int(self._store.get(_key("handed_back", request)) or 0)
+        return starts - min(int(self._store.get(_key("handed_back", request)) or 0), _MOST_FORGIVEN)
 
     def _is_delivered_too_often(self, request: Any) -> bool:
         if self._store.is_shared:

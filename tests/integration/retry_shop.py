@@ -113,3 +113,9 @@ def broken(number: int) -> int:
 @app.task
 def on_error(task_id: str) -> str:
     return task_id
+
+
+@app.task(bind=True)
+def asks_for_nonsense(self: Task[..., Any], path: Path) -> int:
+    note(path, "run")
+    raise self.retry(countdown="nonsense")  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_when_its_attempts_are_used_up_it_is_dead(shop: Any, notes: Path) -> Non
         result.get(timeout=10)
 
     assert runs(notes) == 3
-    services.eventually(lambda: shop.app.dead_letters.get(result.id) is not None)
+    services.eventually(lambda: any(shop.app.dead_letters.find(id=result.id)))
     note = letter_of(shop, result.id).note
     assert (note.reason, note.attempts, note.error, note.queue) == ("failed", 3, "ConnectionError", "retries")
     assert [(row.outcome, row.error) for row in note.ledger] == [("retry", note.fingerprint)] * 2
@@ -170,3 +170,13 @@ def test_a_rejected_message_is_kept(shop: Any) -> None:
 
 def test_max_retries_exceeded_is_celery_s_error(shop: Any) -> None:
     assert issubclass(shop.by_hand.MaxRetriesExceededError, MaxRetriesExceededError)
+
+
+def test_a_retry_that_can_never_be_sent_ends_the_call(shop: Any, notes: Path) -> None:
+    result = shop.asks_for_nonsense.delay(notes)
+
+    with pytest.raises(Exception, match="nonsense"):
+        result.get(timeout=10)
+
+    assert runs(notes) == 1
+    services.eventually(lambda: any(shop.app.dead_letters.find(id=result.id)))
