@@ -120,6 +120,7 @@ def _die(how: Death) -> None:
         case "out of memory":  # as the kernel does it
             os.kill(os.getpid(), signal.SIGKILL)
         case "worker":
+            time.sleep(0.3)  # for what is behind this message to arrive
             os.killpg(0, signal.SIGKILL)
         case "SystemExit":
             sys.exit(1)
