@@ -227,13 +227,13 @@ class AMQP(celery.app.amqp.AMQP):
         options["mandatory"] = True
         if not _is_delayed(options):
             return send(producer, name, message, **options)
-        self._reach(queue)
+        self.reach(queue)
         try:
             return send(producer, name, message, **options)
         except NotFound:
             # Another broker than the one that was looked at.
             self._within_reach.clear()
-            self._reach(queue)
+            self.reach(queue)
             return send(producer, name, message, **options)
 
     def _patience(self, given: Any) -> dict[str, Any]:
@@ -245,7 +245,7 @@ class AMQP(celery.app.amqp.AMQP):
             policy[step] = min(policy.get(step, nap), nap)
         return policy
 
-    def _reach(self, queue: Any) -> None:
+    def reach(self, queue: Any) -> None:
         """See to it that a delayed message comes to its queue: stock, only a worker of that queue does."""
         name = queue.name if queue is not None else ""
         if name in self._within_reach:

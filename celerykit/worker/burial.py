@@ -23,6 +23,7 @@ from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, iden
 from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.worker.ending import Ending, ending_of
+from celerykit.worker.returns import Returns
 from celerykit.worker.starts import Starts, buried_key, letter_of
 
 if TYPE_CHECKING:
@@ -50,25 +51,18 @@ class _Grave:
 
 class Undertaker:
     """
-    Buries messages, and holds those that are to go back later.
+    Buries messages.
 
-    Args:
-        call_after:
-            Runs a function after some seconds, on the worker's timer.
+    Attributes:
+        starts, returns:
+            What else a request needs to know when it ends.
     """
 
-    def __init__(
-        self,
-        app: CeleryKit,
-        *,
-        worker: str,
-        starts: Starts,
-        call_after: Callable[[float, Callable[[], None]], Any],
-    ) -> None:
+    def __init__(self, app: CeleryKit, *, worker: str, starts: Starts, returns: Returns) -> None:
         self.starts = starts
+        self.returns = returns
         self._app = app
         self._worker = worker
-        self._call_after = call_after
         self._waiting: dict[str, _Grave] = {}
         self._lock = threading.Lock()
         self._has_more = threading.Event()
@@ -103,10 +97,6 @@ class Undertaker:
         kinds = {"content_type": "application/octet-stream", "content_encoding": "binary"}
         letters.bury(self._app, Letter(note=note, body=item, headers={}, properties={}, **kinds))
         self._tell(note)
-
-    def hand_back(self, reject: Callable[..., None], *, after: float = 1.0) -> None:
-        """Give a message back after some seconds: what made it come back may not be over."""
-        self._call_after(after, lambda: reject(requeue=True))
 
     def is_waiting(self, request: Any) -> bool:
         """

@@ -25,6 +25,7 @@ from celerykit.worker import shape
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
 from celerykit.worker.leases import Leases
+from celerykit.worker.returns import Returns
 from celerykit.worker.starts import Starts, Verdict
 
 __all__ = ["Consumer"]
@@ -34,9 +35,6 @@ log = logging.getLogger(__name__)
 #: What a message can raise, too, though Kombu counts some of it among the errors of a connection.
 _A_MESSAGES_OWN = (LookupError, ValueError, TypeError, AttributeError, InvalidTaskError)
 
-
-#: Messages that are held before they go back, and for which others may come in their place.
-_MOST_HELD = 100
 
 #: celery-types knows half of it.
 _Stock: Any = stock.Consumer
@@ -49,12 +47,11 @@ class Consumer(_Stock):  # type: ignore[misc]
         app: Any = kwargs["app"]
         kit = app.settings.kit
         self._hand_over = on_task_request
-        self._held = 0
         self.undertaker = Undertaker(
             app,
             worker=kwargs.get("hostname") or "",
             starts=Starts(app.store, limit=kit.max_deliveries, keep=kit.dead_letter_keep.total_seconds()),
-            call_after=self._call_after,
+            returns=Returns(self),
         )
         lease, pool = app.settings.kit.lease, kwargs.get("pool")
         self.leases = Leases(lease, on_garbage=self.undertaker.bury_item, pool=pool)
@@ -125,22 +122,7 @@ class Consumer(_Stock):  # type: ignore[misc]
         if verdict is Verdict.ACKNOWLEDGE:
             request.acknowledge()
         else:
-            self.undertaker.hand_back(request.reject)
-
-    def _call_after(self, seconds: float, call: Callable[[], None]) -> None:
-        # While it is held, another message may come in its place; but a flood of them is not to fill this process.
-        makes_room = self._held < _MOST_HELD
-        self._held += 1
-        if makes_room:
-            self.qos.increment_eventually()
-
-        def then() -> None:
-            self._held -= 1
-            if makes_room:
-                self.qos.decrement_eventually()
-            call()
-
-        self.timer.call_after(seconds, then)
+            self.undertaker.returns.give_back(request.message, reject=request.reject, acknowledge=request.acknowledge)
 
     # Receiving
 
@@ -201,7 +183,10 @@ class Consumer(_Stock):  # type: ignore[misc]
         pause = pause_for_newer(self.app.store, task_id, grace=self.app.settings.kit.unknown_task_grace)
         if pause is not None:
             log.warning("task.handed_back task=%s id=%s: it is not known here", name, task_id)
-            self.undertaker.hand_back(partial(message.reject_log_error, log, self._broken), after=pause)
+            reject = partial(message.reject_log_error, log, self._broken)
+            self.undertaker.returns.give_back(
+                message, reject=reject, acknowledge=self._acknowledging(message), after=pause
+            )
             return
         self._bury(message, "unknown_task", NotRegistered(name))
         signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)
@@ -214,13 +199,15 @@ class Consumer(_Stock):  # type: ignore[misc]
         try:
             embed = _embed_of(message)
             ending = ending_of(error, reason=reason)
-            acknowledge = partial(self.call_soon_ack, message.ack_log_error, log, self._broken)
-            self.undertaker.bury_message(message, ending, then=acknowledge, chord=embed.get("chord"))
+            self.undertaker.bury_message(message, ending, then=self._acknowledging(message), chord=embed.get("chord"))
         except Exception:  # (an edge: what can be read of such a message is anybody's guess)
             # Neither acknowledged nor lost: it goes back when the worker ends.
             log.exception("dead_letter.not_written reason=%s", reason)
         else:
             self._fail(message, embed, error)
+
+    def _acknowledging(self, message: Any) -> Callable[[], Any]:
+        return partial(self.call_soon_ack, message.ack_log_error, log, self._broken)
 
     def _fail(self, message: Any, embed: Mapping[str, Any], error: BaseException) -> None:
         """Tell who waits for the result, if the message says who that is."""

@@ -183,4 +183,5 @@ class Request(_Stock):  # type: ignore[misc]
         undertaker = cast("Undertaker", self.undertaker)
         undertaker.starts.forgive(self)
         is_held = isinstance(error.reason, tuple) and error.reason[:1] == (HANDED_BACK,)
-        undertaker.hand_back(super().reject, after=error.reason[1] if is_held else 1.0)
+        after = error.reason[1] if is_held else 1.0
+        undertaker.returns.give_back(self.message, reject=super().reject, acknowledge=super().acknowledge, after=after)

@@ -304,3 +304,32 @@ def test_a_retry_with_a_delay_stays_in_its_queue(rabbitmq: Any, tmp_path: Path) 
         services.eventually(lambda: seen.exists() and len(seen.read_text().split()) == 3, within=20)
 
     assert set(seen.read_text().split()) == {"aside"}
+
+
+@pytest.mark.timeout(120)
+def test_what_only_a_newer_deploy_may_know_keeps_no_worker_from_work(rabbitmq: Any, broker: Server) -> None:
+    from tests.integration import retry_shop
+
+    grace = 7.0
+    env = {"CELERY_TASK_DEFAULT_QUEUE": "deploys", "CELERY_RESULT_BACKEND": broker.backend_url}
+    settings = {"CELERYKIT_UNKNOWN_TASK_GRACE": str(grace), "CELERYKIT_DEAD_LETTER_QUEUE": "deploys.dead"}
+    app = CeleryKit("sender", set_as_current=False)
+    app.conf.update(
+        broker_url=rabbitmq.url,
+        result_backend=broker.backend_url,
+        task_default_queue="deploys",
+    )
+    with services.worker(
+        "tests.integration.retry_shop", url=rabbitmq.url, env={**env, **settings}, concurrency=1, cwd=ROOT
+    ) as node:
+        started = time.monotonic()
+        unknown = [app.send_task("tests.integration.retry_shop.tomorrow", task_id=f"tomorrow-{n}") for n in range(6)]
+        known = app.send_task(retry_shop.doubled.name, (21,))
+
+        assert known.get(timeout=20) == 42
+        # Held one after the other, each for its five seconds, they would have been in its way.
+        assert time.monotonic() - started < 5
+        node.wait_for("task.handed_back")
+        services.eventually(lambda: {result.state for result in unknown} == {"FAILURE"}, within=40)
+        assert time.monotonic() - started > grace
+        assert node.log.count("reason=unknown_task") == 6

@@ -16,6 +16,7 @@ from celerykit.errors import EnqueueError
 from celerykit.worker import burial
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import Ending
+from celerykit.worker.returns import Returns
 from celerykit.worker.starts import Starts, buried_key
 
 FAILED = Ending("failed", error="ValueError", message="boom", traceback="Traceback …")
@@ -45,7 +46,8 @@ def cemetery(monkeypatch: pytest.MonkeyPatch) -> Cemetery:
 
 @pytest.fixture
 def undertaker(app: Any) -> Undertaker:
-    undertaker = Undertaker(app, worker="w1", starts=Starts(app.store, limit=3, keep=60), call_after=lambda *args: None)
+    starts = Starts(app.store, limit=3, keep=60)
+    undertaker = Undertaker(app, worker="w1", starts=starts, returns=Returns(consumer=None))
     undertaker._evicts_at = float("inf")
     return undertaker
 

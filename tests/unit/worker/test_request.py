@@ -28,12 +28,13 @@ class Undertaker:
         self.handed_back: list[float] = []
         self.forgiven: list[Any] = []
         self.starts = SimpleNamespace(forgive=self.forgiven.append)
+        self.returns = SimpleNamespace(give_back=self.give_back)
 
     def bury(self, request: Any, ending: Ending, *, then: Any) -> None:
         self.buried.append(ending)
         then()
 
-    def hand_back(self, reject: Any, *, after: float = 1.0) -> None:
+    def give_back(self, message: Any, *, reject: Any, acknowledge: Any, after: float = 1.0) -> None:
         self.handed_back.append(after)
 
 
