@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import amqp
@@ -46,6 +46,9 @@ class Broker(Protocol):
 
     def publish(self, body: Any, **properties: Any) -> None:
         """Put a message on the queue as anybody could, past all checks."""
+
+    def refuse_letters(self) -> AbstractContextManager[None]:
+        """Take messages, but no dead letters, for as long as this lasts."""
 
     def start(self) -> None: ...
     def kill(self) -> None: ...
@@ -105,6 +108,13 @@ class Valkey:
     def publish(self, body: Any, **properties: Any) -> None:
         _publish(self.url, self.queue, body, properties)
 
+    @contextmanager
+    def refuse_letters(self) -> Iterator[None]:
+        with redis.Redis.from_url(self.server.client_url) as client:
+            client.set(self.dead, "is no list")
+            yield
+            client.delete(self.dead)
+
     def publish_envelope(self, envelope: Any) -> None:
         """Put something on the queue's list that Kombu did not write."""
         text = envelope if isinstance(envelope, (str, bytes)) else json.dumps(envelope)
@@ -143,6 +153,13 @@ class Rabbit:
         # What a worker holds is not counted by RabbitMQ: ask again when it has ended.
         sizes = {name: self._size(name) for name in (self.queue, *self._delays)}
         return {name: size for name, size in sizes.items() if size}
+
+    @contextmanager
+    def refuse_letters(self) -> Iterator[None]:
+        full = {"durable": True, "auto_delete": False, "arguments": {"x-max-length": 0, "x-overflow": "reject-publish"}}
+        self._ask(lambda channel: channel.queue_declare(self.dead, **full).message_count)
+        yield
+        self._ask(lambda channel: channel.queue_delete(self.dead))
 
     def _size(self, queue: str) -> int:
         return self._ask(lambda channel: channel.queue_declare(queue, passive=True).message_count)

@@ -111,6 +111,37 @@ def test_a_dead_letter_that_cannot_be_written_leaves_its_message(scene: Scene) -
     scene.verdict("A worker dies with a dead letter that it could not write")
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_dead_letter_that_is_refused_is_written_later(scene: Scene, pool: str) -> None:
+    node = scene.worker(pool=pool)
+    with scene.broker.refuse_letters():
+        failing = scene.send(scene.shop.failing)
+        node.wait_for("dead_letter.not_written")
+        # It takes one of two places; what comes after it has the other.
+        scene.canary()
+        time.sleep(LEASE * 2)
+        assert scene.ledger.count("start", failing) == 1
+
+    scene.dies(failing, of="failed", within=60)
+    scene.cure()
+    scene.replays(failing)
+    scene.verdict(f"The queue of dead letters takes none for a while ({pool}), then replayed")
+
+
+def test_a_worker_that_ends_before_its_letter_is_written_leaves_its_message(scene: Scene) -> None:
+    node = scene.worker()
+    with scene.broker.refuse_letters():
+        failing = scene.send(scene.shop.failing)
+        node.wait_for("dead_letter.not_written")
+        node.stop()
+    scene.successor()
+
+    scene.dies(failing, of="failed", within=60)
+    scene.cure()
+    scene.replays(failing)
+    scene.verdict("SIGTERM of a worker with a dead letter that it could not write, then replayed")
+
+
 def test_publishing_to_a_broker_that_is_frozen_or_away_ends(scene: Scene) -> None:
     scene.worker()
     scene.canary()

@@ -78,9 +78,8 @@ def test_a_task_that_kills_the_whole_worker_is_kept_dead_after_three_starts(scen
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_what_waits_behind_poison_is_no_poison(scene: Scene, pool: str) -> None:
-    node = scene.worker(pool=pool, concurrency=1, prefetch=4)
+def test_what_waits_behind_poison_is_no_poison(scene: Scene) -> None:
+    node = scene.worker(concurrency=1, prefetch=4)
     poison = scene.send(scene.shop.poison, "worker")
     others = [scene.send(scene.shop.work) for _ in range(3)]
     for starts in range(1, 4):
@@ -91,7 +90,7 @@ def test_what_waits_behind_poison_is_no_poison(scene: Scene, pool: str) -> None:
     scene.dies(poison, of="process_died")
     for task_id in others:
         scene.reached("end", task_id)
-    scene.verdict(f"Poison: the whole worker ({pool}) dies each time, with others prefetched behind it")
+    scene.verdict("Poison: the whole worker dies each time, with others prefetched behind it")
     assert [letter.note.id for letter in scene.letters] == [poison]
 
 
