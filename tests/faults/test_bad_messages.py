@@ -34,7 +34,7 @@ def test_no_message_kills_a_worker(scene: Scene, pool: str) -> None:
     assert len(scene.letters) == len(BAD)
     assert node.process.poll() is None
     assert not _untold(scene)
-    scene.verdict(f"{len(BAD)} kinds of bad messages, each followed by a good one ({pool})")
+    scene.verdict(f"Bad messages of {len(BAD)} kinds, each followed by a good one ({pool})")
 
 
 @pytest.mark.parametrize("scene", ["valkey"], indirect=True)
@@ -52,7 +52,7 @@ def test_nothing_on_a_list_kills_a_worker(scene: Scene) -> None:
     eventually(lambda: len(scene.letters) == len(BROKEN_ENVELOPES), within=20, what=scene.told)
     assert {letter.note.reason for letter in scene.letters} <= {"malformed", "undecodable"}
     assert node.process.poll() is None
-    scene.verdict(f"{len(BROKEN_ENVELOPES)} kinds of broken envelopes on a Redis list, each followed by a good message")
+    scene.verdict(f"Broken envelopes of {len(BROKEN_ENVELOPES)} kinds on a Redis list, each followed by a good message")
 
 
 def test_a_payload_that_is_wrong_is_repaired_and_replayed(scene: Scene) -> None:
