@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, NamedTuple
 
 import redis
@@ -32,6 +33,8 @@ class _Popped(NamedTuple):
     key: str
     queue: str
     item: bytes
+    #: Under which it is noted already; empty if it is not.
+    tag: str = ""
 
 
 class _QoS(_StockQoS):  # type: ignore[misc]
@@ -44,6 +47,11 @@ class _QoS(_StockQoS):  # type: ignore[misc]
         self._kept: tuple[Any, Unacked] | None = None
 
     def append(self, message: Any, delivery_tag: str) -> None:
+        if not message.is_noted:
+            self._note(message, delivery_tag)
+        virtual.QoS.append(self, message, delivery_tag)
+
+    def _note(self, message: Any, delivery_tag: str) -> None:
         self._hold.take(delivery_tag, by=self._connection)
         try:
             self._unacked().take(delivery_tag, message._raw, queue=message.queue, lease=self._hold.microseconds)
@@ -51,7 +59,6 @@ class _QoS(_StockQoS):  # type: ignore[misc]
             self._hold.drop(delivery_tag)
             self._hold.loose.append(Loose(message.key, dumps(message._raw), delivery_tag, is_first=True))
             raise
-        virtual.QoS.append(self, message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
         self._hold.drop(delivery_tag)
@@ -66,6 +73,7 @@ class _QoS(_StockQoS):  # type: ignore[misc]
             virtual.QoS.ack(self, delivery_tag)
 
     def restore_unacked(self, client: Any = None) -> None:
+        self.channel.forget_what_was_asked_for()
         running = self._hold.running()
         # The last one that is given back is the first in line.
         back = [tag for tag in reversed(list(self._delivered)) if tag not in running]
@@ -77,6 +85,20 @@ class _QoS(_StockQoS):  # type: ignore[misc]
 
     def restore_visible(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: a `Keeper` does it, also while the event loop stands still."""
+
+    def asking(self, tag: str, lists: Any) -> list[Any]:
+        """Give the command that takes and notes a message; it is held from now on, whenever the answer comes."""
+        self._hold.take(tag, by=self._connection)
+        return self._unacked().asking(tag, lists, lease=self._hold.microseconds)
+
+    def got_nothing(self, tag: str) -> None:
+        """Forget a tag under which nothing was taken."""
+        self._hold.drop(tag)
+
+    def got_lost(self, tag: str) -> None:
+        """Give back what may have been taken under a tag, whose answer nobody will read."""
+        self._hold.drop(tag)
+        self._hold.unwanted.append(tag)
 
     def _unacked(self) -> Unacked:
         # Clients are slow to make, and Kombu makes one for each message. A channel that was closed has another pool.
@@ -105,6 +127,9 @@ class Channel:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._getting = ""
+        #: The tag that was sent along with a question that is not answered yet.
+        self._asked = ""
+        self._is_to_wait = False
         kombus: Any = super()
         kombus.__init__(*args, **kwargs)
         channel: Any = self
@@ -118,10 +143,46 @@ class Channel:
         client.set_response_callback("RPOP", self._on_rpop)
         return client
 
+    def _brpop_start(self, timeout: Any = None) -> Any:
+        """
+        Ask for a message: by a script, which also notes it; only if there is none, by Kombu's ``BRPOP``, which waits.
+
+        What ``BRPOP`` takes is noted a moment later, so a worker that is killed in that moment loses it. Under load
+        that moment would come with every message.
+        """
+        channel: Any = self
+        kombus: Any = super()
+        queues = channel._queue_cycle.consume(len(channel.active_queues))
+        self.forget_what_was_asked_for()
+        if self._is_to_wait or not queues:
+            self._is_to_wait = False
+            return kombus._brpop_start(timeout)
+        self._asked = channel._next_delivery_tag()
+        lists = [
+            (channel._q_for_pri(queue, priority), queue) for priority in channel.priority_steps for queue in queues
+        ]
+        command = channel.qos.asking(self._asked, lists)
+        channel._in_poll = channel.client.connection
+        channel._brpop_sent_at = monotonic()
+        return channel.client.connection.send_command(*command)
+
+    def forget_what_was_asked_for(self) -> None:
+        """Give back what a question may have taken that was never answered: its connection is gone."""
+        asked, self._asked = self._asked, ""
+        if asked:
+            channel: Any = self
+            channel.qos.got_lost(asked)
+
     def _on_brpop(self, reply: Any, **options: Any) -> Any:
+        asked, self._asked = self._asked, ""
         if not reply:
+            # To the script at once, to the other after a while: next comes the other.
+            self._is_to_wait = bool(asked)
+            if asked:
+                channel: Any = self
+                channel.qos.got_nothing(asked)
             return None
-        self._remember(reply[0].decode("utf-8", "replace"), reply[1])
+        self._remember(reply[0].decode("utf-8", "replace"), reply[1], tag=asked)
         return tuple(reply)
 
     def _on_rpop(self, reply: Any, **options: Any) -> Any:
@@ -130,11 +191,11 @@ class Channel:
             self._remember(channel.global_keyprefix + self._getting, reply)
         return reply
 
-    def _remember(self, key: str, item: bytes) -> None:
+    def _remember(self, key: str, item: bytes, *, tag: str = "") -> None:
         """Keep what has left its list, until it is known to be a message."""
         channel: Any = self
         queue = key.removeprefix(channel.global_keyprefix).rsplit(channel.sep, 1)[0]
-        channel.connection.popped = _Popped(key, queue, item)
+        channel.connection.popped = _Popped(key, queue, item, tag)
 
     def _brpop_read(self, **options: Any) -> Any:
         kombus: Any = super()
@@ -158,9 +219,12 @@ class Channel:
                 # Not of the item: of the connection, or of who received a message.
                 raise
             hold = transport.client.hold
+            hold.drop(popped.tag)
             if not hold.hand_over(popped.queue, popped.item, error):
                 # Last in line, and by the thread: it must not come back at once, again and again.
-                hold.loose.append(Loose(popped.key, popped.item, tag="", is_first=False))
+                hold.loose.append(Loose(popped.key, popped.item, tag=popped.tag, is_first=False))
+            elif popped.tag:
+                hold.finished.append(popped.tag)
             return None
 
     def _deliver_fanout_message(self, message: Any, exchange: str) -> Any:

@@ -28,13 +28,15 @@ class TakenMessage(_StockMessage):  # type: ignore[misc]
             _check(payload)
             # Anew for each delivery: a worker that was away for too long must not renew or acknowledge
             # what is another's by now.
-            payload["properties"]["delivery_tag"] = channel._next_delivery_tag()
+            popped = transport.popped
+            payload["properties"]["delivery_tag"] = (popped and popped.tag) or channel._next_delivery_tag()
             super().__init__(payload, channel=channel, **kwargs)
         except Exception as error:
             raise Garbage(f"it is not a message: {type(error).__name__}: {error}") from error
-        popped, transport.popped = transport.popped, None
+        transport.popped = None
         self.queue = popped.queue if popped else None
         self.key = popped.key if popped else None
+        self.is_noted = bool(popped and popped.tag)
 
 
 def _check(payload: Any) -> None:

@@ -26,6 +26,19 @@ redis.call('ZADD', KEYS[1], text(now + ARGV[2]), ARGV[1])
 redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
 """
 
+#: Takes from the first of several lists that has something, and notes it, in one step: nothing is lost in between.
+TAKE_FIRST = f"""{_NOW}
+for i = 3, #KEYS do
+    local item = redis.call('RPOP', KEYS[i])
+    if item then
+        redis.call('ZADD', KEYS[1], text(now + ARGV[2]), ARGV[1])
+        redis.call('HSET', KEYS[2], ARGV[1], '[' .. item .. ',"",' .. ARGV[i] .. ']')
+        return {{KEYS[i], item}}
+    end
+end
+return false
+"""
+
 #: Later by a microsecond each, so that they keep their order.
 _RENEW = f"""{_NOW}
 for i = 2, #ARGV do
@@ -94,6 +107,17 @@ class Unacked:
         self._prefix: str = channel.global_keyprefix
         self.keys = self._prefix + index, self._prefix + messages
         self._of_stock = of_stock
+
+    def asking(self, tag: str, lists: Sequence[tuple[str, str]], *, lease: int) -> list[Any]:
+        """
+        Give the command that takes the next message: its reply is like that of ``BRPOP``, without the wait.
+
+        Args:
+            lists:
+                Keys, and the queue that each belongs to.
+        """
+        keys = [*self.keys, *(self._prefix + key for key, _ in lists)]
+        return ["EVAL", TAKE_FIRST, len(keys), *keys, tag, lease, *(dumps(queue) for _, queue in lists)]
 
     def take(self, tag: str, raw: Any, *, queue: str, lease: int) -> None:
         """Note a message. No exchange, and its queue: it goes back to that one only, whatever is bound to what."""
