@@ -20,6 +20,7 @@ import redis
 
 from celerykit.dev.processes import Process
 from celerykit.dev.servers import Server, free_port
+from celerykit.redis_broker import Hold, guard
 from tests import services
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +131,23 @@ def test_a_killed_workers_messages_come_back_in_their_order(pool: str, start: St
         assert waiting[0]["properties"]["delivery_info"]["redelivered"] is True
         other.wait_for("leases.restored")
         assert not client.exists("celerykit.unacked")
+
+
+def test_a_message_that_was_taken_and_never_read_comes_back(
+    start: Start, send: Any, server: Server, client: Any
+) -> None:
+    """As when a worker is killed between the server's answer and its reading it."""
+    send("a")
+    victim = guard(kombu.Connection(server.url), Hold(lease=LEASE))
+    kombu.Consumer(victim.default_channel, [kombu.Queue("celery")], on_message=print).consume()
+
+    victim.transport.cycle.on_poll_start()  # asks
+
+    services.eventually(lambda: client.hlen("celerykit.unacked") == 1)
+    assert client.llen("celery") == 0
+    with start():
+        services.eventually(ended(client, 1), within=RECOVERY + 5)
+        assert client.lrange("starts", 0, -1) == ["a"]
 
 
 def test_a_worker_that_starts_long_after_takes_them_all_the_same(start: Start, send: Any, client: Any) -> None:
