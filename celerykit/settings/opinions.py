@@ -46,12 +46,10 @@ def _quorum(values: Mapping[str, Any], container: bool) -> bool:
     # Priorities need classic queues.
     if told.get("task_queue_max_priority") is not None or any(name in told for name in _QUEUE_TYPES):
         return False
-    # Without a URL Celery takes amqp://.
     urls = [told[name] for name in ("broker_url", "broker_read_url", "broker_write_url") if told.get(name)]
-    first = [url[0] if isinstance(url, list | tuple) else url for url in urls] or [
-        told.get("broker_transport") or "amqp"
-    ]
-    return all(str(url).partition(":")[0].lower() in _RABBITMQ for url in first)
+    first = [url[0] if isinstance(url, list | tuple) else url for url in urls]
+    # An app that has no URL yet may get one that is not RabbitMQ's.
+    return bool(first) and all(str(url).partition(":")[0].lower() in _RABBITMQ for url in first)
 
 
 def _in_container(values: Mapping[str, Any], container: bool) -> bool:

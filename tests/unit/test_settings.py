@@ -61,7 +61,7 @@ def test_nothing_set_gives_our_defaults_and_no_more() -> None:
     settings = read()
 
     assert settings.celery == {
-        opinion.name: opinion.value for opinion in OPINIONS if opinion.name != "worker_concurrency"
+        opinion.name: opinion.value for opinion in OPINIONS if opinion.name not in {"worker_concurrency", *QUORUM}
     }
     assert settings.kit == Kit()
     assert set(settings.sources) == {*OPTIONS, *UNLISTED, *(f"kit.{name}" for name in Kit.model_fields)}
@@ -616,6 +616,35 @@ def test_concurrency_is_counted_in_containers() -> None:
     assert read(container=True).celery["worker_concurrency"] == "auto"
     assert read({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, container=None).celery["worker_concurrency"] == "auto"
     assert "worker_concurrency" not in read(container=False).celery
+
+
+QUORUM = {
+    "task_default_queue_type": "quorum",
+    "task_create_missing_queue_type": "quorum",
+    "task_default_exchange_type": "topic",
+    "task_create_missing_queue_exchange_type": "topic",
+}
+
+
+@pytest.mark.parametrize(
+    "url", ["amqp://nowhere", "pyamqp://nowhere;amqp://elsewhere", ["amqps://nowhere", "amqps://elsewhere"]]
+)
+def test_rabbitmq_gets_quorum_queues(url: Any) -> None:
+    assert read(code={"broker_url": url}).celery.items() >= QUORUM.items()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"broker_url": "redis://nowhere"},
+        {"broker_url": "amqp://nowhere", "broker_read_url": "redis://nowhere"},
+        {"broker_url": "amqp://nowhere", "task_queue_max_priority": 10},
+        {"broker_url": "amqp://nowhere", "task_default_queue_type": "classic"},
+        {"broker_url": "amqp://nowhere", "task_default_exchange_type": "direct"},
+    ],
+)
+def test_all_of_it_holds_or_nothing(told: dict[str, Any]) -> None:
+    assert {name for name in QUORUM if name not in told} & read(code=told).celery.keys() == set()
 
 
 # The page
