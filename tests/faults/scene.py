@@ -50,8 +50,8 @@ class Verdict:
         repeated:
             Effects that happened more often than once.
 
-        may_lose, may_repeat:
-            What the row allows, with its reason in the test.
+        may_repeat:
+            How many of these the row allows, with its reason in the test.
 
         dead:
             How many dead letters there were, by reason.
@@ -61,7 +61,6 @@ class Verdict:
     broker: str
     sent: int
     lost: int
-    may_lose: int
     stuck: int
     repeated: int
     may_repeat: int
@@ -240,12 +239,10 @@ class Scene:
         """Wait until all that was sent is done or dead, and the broker is empty."""
         eventually(lambda: not self._open() and not self._held(), within=within, what=lambda: f"rest: {self.told()}")
 
-    def verdict(
-        self, row: str, *, may_lose: int = 0, may_repeat: int = 0, note: str = "", within: float = 40.0
-    ) -> Verdict:
+    def verdict(self, row: str, *, may_repeat: int = 0, note: str = "", within: float = 40.0) -> Verdict:
         """Let the scene come to its end, and check that it is what we promise."""
         with contextlib.suppress(AssertionError):
-            self.settled(within=within if not may_lose else within / 4)
+            self.settled(within=within)
         self.canary()
         self._leave()
         stuck = self._held()
@@ -256,9 +253,9 @@ class Scene:
                 self.settled(within=10.0)
             self._leave()
             stuck = self._held()
-        verdict = self._judge(row, stuck=sum(stuck.values()), may_lose=may_lose, may_repeat=may_repeat, note=note)
+        verdict = self._judge(row, stuck=sum(stuck.values()), may_repeat=may_repeat, note=note)
         assert not stuck, self.told()
-        assert verdict.lost <= may_lose, self.told()
+        assert not verdict.lost, self.told()
         assert verdict.repeated <= may_repeat, self.told()
         self._record("fault", asdict(verdict))
         return verdict

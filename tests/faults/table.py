@@ -79,13 +79,12 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def _line(name: str, rows: Sequence[Row]) -> str:
     brokers = ", ".join(sorted((row["broker"] for row in rows), reverse=True))
-    worst = {fact: max(row[fact] for row in rows) for fact in ("may_lose", "stuck", "may_repeat")}
-    lost = ", ".join(f"{row['broker']}: at most {row['may_lose']}" for row in rows if row["may_lose"]) or "0"
+    worst = {fact: max(row[fact] for row in rows) for fact in ("lost", "stuck", "may_repeat")}
     repeated = f"at most {worst['may_repeat']}" if worst["may_repeat"] else "0"
     dead = ", ".join(f"`{reason}`" for reason in sorted({reason for row in rows for reason in row["dead"]})) or "-"
     notes = next((row["note"] for row in rows if row["note"]), "")
     what = f"{name} ({notes})" if notes else name
-    return f"| {what} | {brokers} | {lost} | {worst['stuck']} | {repeated} | {dead} |"
+    return f"| {what} | {brokers} | {worst['lost']} | {worst['stuck']} | {repeated} | {dead} |"
 
 
 def brief(rows: Sequence[Row]) -> str:

@@ -65,9 +65,8 @@ def test_a_broker_that_is_killed_under_load_loses_nothing_it_confirmed(scene: Sc
         done = scene.ledger.count("end")
         scene.reached("end", times=done + 30, within=60)
 
-    # Two were running, and their ends could not be acknowledged. What may be lost: `test_eight_kills_under_load`.
-    may_lose = int(scene.broker.name == "Valkey")
-    scene.verdict("The broker is killed and comes back, under load", may_lose=may_lose, may_repeat=4, within=60)
+    # Two were running, and their ends could not be acknowledged.
+    scene.verdict("The broker is killed and comes back, under load", may_repeat=4, within=60)
 
 
 @pytest.mark.timeout(240)

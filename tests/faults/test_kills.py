@@ -94,11 +94,8 @@ def test_eight_kills_under_load(scene: Scene) -> None:
         node.kill()
     scene.successor()
 
-    # Two run at a time, and a kill may find both between their effect and its acknowledgement. And Kombu takes a
-    # message off a Redis list before it notes that it has: a kill may come in between, until our transport does both
-    # in one step.
-    may_lose = 8 if scene.broker.name == "Valkey" else 0
-    scene.verdict("Eight SIGKILLs of a worker under a load of 1,000 tasks", may_lose=may_lose, may_repeat=16, within=60)
+    # Two run at a time, and a kill may find both between their effect and its acknowledgement.
+    scene.verdict("Eight SIGKILLs of a worker under a load of 1,000 tasks", may_repeat=16, within=60)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
