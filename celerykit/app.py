@@ -316,6 +316,13 @@ class CeleryKit(celery.Celery):
             return super().send_task(name, args, kwargs, **options)
 
     @cached_property
+    def Worker(self) -> Any:  # noqa: N802  (Celery's name)
+        """Celery's class of workers, which here end in time."""
+        is_stock = self.settings.kit.profile == "stock"
+        name = "celery.apps.worker:Worker" if is_stock else "celerykit.worker.shutdown:Worker"
+        return self.subclass_with_self(cast("Any", name))
+
+    @cached_property
     def AsyncResult(self) -> Any:  # noqa: N802  (Celery's name)
         """Celery's class of results, which here is typed when it knows its task."""
         return self.subclass_with_self(Result, name="AsyncResult", reverse="AsyncResult")

@@ -96,6 +96,13 @@ class Kit(BaseModel):
         "buried. 0 buries at once.",
     )
 
+    shutdown_grace: Duration | None = Field(
+        default=None,
+        description="How long running tasks have after SIGTERM; then they go back to their queue. Set it a little "
+        "below what the platform waits before SIGKILL (Kubernetes: 30 s, Docker: 10 s). Without it: as long as they "
+        "take.",
+    )
+
     lease: Duration = Field(
         default=timedelta(seconds=30),
         description="How long a worker's messages stay its own after its last sign of life, on Redis and Valkey.",

@@ -94,6 +94,12 @@ OPINIONS = (
         "No message can stop it, and what a worker cannot finish is buried, not dropped.",
     ),
     Opinion(
+        "worker_pool",
+        "celerykit.worker.shutdown:TaskPool",
+        "Celery's prefork pool. At a warm shutdown Celery's own may run a task that it also gives back, and then "
+        "stands still for 30 s.",
+    ),
+    Opinion(
         "worker_prefetch_multiplier",
         1,
         "With late acks every message a worker holds is one that others cannot have, and one that is "

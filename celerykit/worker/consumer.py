@@ -21,7 +21,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from celerykit.dead_letters import Reason
 from celerykit.errors import Undeliverable
 from celerykit.rollout import pause_for_newer
-from celerykit.worker import shape
+from celerykit.worker import shape, shutdown
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
 from celerykit.worker.leases import Leases
@@ -74,10 +74,16 @@ class Consumer(_Stock):  # type: ignore[misc]
         super().shutdown()
         self.leases.stop()
 
+    def cancel_active_requests(self) -> None:
+        """Cut off what runs; it goes back."""
+        shutdown.cancel_active_requests(self)
+
     # Letting start
 
     def _admit(self, request: Any) -> None:
         """Let a request start that may. Celery calls this when there is nothing left to wait for."""
+        if not shutdown.may_start(self):
+            return
         try:
             verdict = self._judge(request)
             if verdict is Verdict.START:

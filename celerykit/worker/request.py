@@ -63,6 +63,9 @@ class Request(_Stock):  # type: ignore[misc]
         self._end(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _end(self, exc_info: Any, **how: bool) -> None:
+        if self._already_cancelled and isinstance(error_in(exc_info), Terminated | WorkerLostError):
+            # It was cut off, and what was to be done about it is done.
+            return
         exc_info = self._as_failure(exc_info)
         error = cast("Any", error_in(exc_info))
         if isinstance(error, TimeLimitExceeded) and self.time_start:
@@ -100,11 +103,28 @@ class Request(_Stock):  # type: ignore[misc]
             super().reject(requeue=requeue)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
-        """Stop a run whose message goes back: that start does not count, unless one is all there may be."""
-        may_run_again = getattr(self.task, "on_crash", "rerun") == "rerun"
-        if self.undertaker is not None and self.time_start and may_run_again:
+        """Stop a run whose message goes back."""
+        if self.undertaker is None:
+            super().cancel(pool, signal, emit_retry=emit_retry)
+            return
+        self.on_cut_off()
+        # Nobody retries what was acknowledged early, whatever Celery says of it.
+        super().cancel(pool, signal, emit_retry=False)
+
+    def on_cut_off(self) -> None:
+        """Do not count a start whose message goes back; bury what has started and must not start again."""
+        if self.undertaker is None or not self.time_start:
+            return
+        if self.task.acks_late and getattr(self.task, "on_crash", "rerun") != "bury":
             self.undertaker.starts.forgive(self)
-        super().cancel(pool, signal, emit_retry=emit_retry)
+        else:
+            self._bury_what_was_cut_off(TaskInterrupted("its worker was told to end, and did not wait any longer"))
+
+    def _bury_what_was_cut_off(self, error: BaseException) -> None:
+        self.kill(error)
+        if state.should_terminate is not None:
+            # Celery stores no failures from then on.
+            self.task.backend.mark_as_failure(self.id, error, request=self._context, store_result=self.store_errors)
 
     def is_same(self, other: Request) -> bool:
         """Tell whether *other* is another delivery of this message."""

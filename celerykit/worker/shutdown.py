@@ -34,8 +34,6 @@ from celery.worker import state
 from kombu.common import ignore_errors
 from kombu.transport import virtual
 
-from celerykit.settings.opinions import is_container
-
 __all__ = ["TaskPool", "Worker", "cancel_active_requests", "may_start"]
 
 log = logging.getLogger(__name__)
@@ -152,11 +150,8 @@ class Worker(_Worker):  # type: ignore[misc]
     @property
     def grace(self) -> float | None:
         """How long running tasks have after SIGTERM, in seconds; ``None`` when as long as they take."""
-        kit = self.app.settings.kit
-        if kit.shutdown_grace is not None:
-            return float(kit.shutdown_grace.total_seconds()) or None
-        # Where SIGKILL follows anyway.
-        return self.patience if is_container(os.environ) else None
+        grace = self.app.settings.kit.shutdown_grace
+        return None if grace is None else float(grace.total_seconds())
 
     @property
     def patience(self) -> float:
