@@ -271,7 +271,10 @@ def _count(value: Any) -> int | None:
 
 
 def _time(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an int beyond all floats
+        return None
 
 
 def _rows(value: Any) -> tuple[Attempt, ...]:

@@ -63,7 +63,7 @@ class Attempt(NamedTuple):
         try:
             started, waited, ran, outcome, error, worker = row
             return cls(float(started), float(waited), float(ran), str(outcome), str(error), str(worker))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
 
     def row(self) -> list[Any]:
@@ -175,4 +175,7 @@ def _count(value: Any, *, least: int) -> int:
 
 
 def _time(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    except OverflowError:  # an int beyond all floats
+        return None

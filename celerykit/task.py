@@ -64,6 +64,9 @@ _MAPPERS = ("celery.map", "celery.starmap")
 #: The options that Celery takes by position too, in its order.
 _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
+#: An eager call that is put off runs again at once, within itself.
+_MOST_EAGER_SNOOZES = 10
+
 # Marks on the request of a running task; each run has a request of its own. The first two hold when that was.
 _ENTERED, _RAN, FINISHED = "celerykit_entered", "celerykit_ran", "celerykit_finished"
 
@@ -380,11 +383,13 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if self.contract is None or request.called_directly:
             return stock_retry(*args, **options)
         policy, header = self.retry_policy, Headers.of(request.headers)
-        if "headers" not in options:
+        given = options.get("headers")
+        if HEADER not in (given or {}):
             if policy is not None and options.get("max_retries") is None and header.attempt >= policy.attempts:
                 options["max_retries"] = request.retries
             error = options.get("exc") or (args[2] if len(args) > 2 else None)
-            options["headers"] = self._headers_of_next(request, header, header.attempt + 1, "retry", error)
+            following = self._headers_of_next(request, header, header.attempt + 1, "retry", error)
+            options["headers"] = following if given is None else {**given, HEADER: following[HEADER]}
         if header.queue is not None:
             # A delayed message of RabbitMQ says where its delay ended, and not where it belongs.
             options.setdefault("queue", header.queue)
@@ -394,6 +399,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
             raise _not_sent(cast("Any", error).reason) from error
 
     def _send_again(self, later: Later, request: Any, header: Headers) -> NoReturn:
+        if request.is_eager and later.kind == "snooze" and len(header.ledger) >= _MOST_EAGER_SNOOZES:
+            # Nothing that it waits for can happen meanwhile.
+            raise cast("Any", later.error)
         # The core of Celery's `retry`, whose count of retries is not ours: a snooze is none.
         again = self.signature_from_request(
             request,
@@ -468,6 +476,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
             if not hasattr(request, _RAN):
                 self._hand_back_to_newer(call)
             raise
+        except (SystemExit, KeyboardInterrupt, MemoryError) as interruption:  # of a step
+            if _is_told_to_end(interruption):
+                raise
+            raise TaskInterrupted(f"{self.name}: a step raised {interruption!r}") from interruption
         except Exception as error:
             if DROPPED in vars(error):
                 _raise_dropped(error)
@@ -478,6 +490,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
     def _hand_back_to_newer(self, call: Call) -> None:
         """Hand a payload back that does not fit here, but may fit a newer deploy, while that is coming up."""
         if call.headers.contract in (None, self._contract.fingerprint) or self.request.is_eager:
+            return
+        if not self.acks_late or self._kit.settings.kit.profile == "stock":
+            # It was acknowledged when it started; or, by a consumer that is not ours, it would be back at once.
             return
         grace = self._kit.settings.kit.unknown_task_grace
         pause = pause_for_newer(self._kit.store, call.id, grace=grace)

@@ -115,6 +115,10 @@ class Undertaker:
     # Writing
 
     def _bury(self, grave: _Grave) -> None:
+        if self._waiting:
+            # A broker that does not answer is waited for by the thread, and not once for each letter by the event loop.
+            self._wait_with(grave)
+            return
         try:
             self._write(grave)
         except Exception as error:  # noqa: BLE001  (an edge: whatever it is, the message must not be lost)
@@ -163,13 +167,17 @@ class Undertaker:
     def _try_all(self) -> bool:
         """Try each letter that waits, until one fails; tell whether none did."""
         for name in list(self._waiting):
+            grave = self._waiting[name]
             try:
-                self._write(self._waiting[name])
+                self._write(grave)
             except Exception as error:  # noqa: BLE001  (as above)
                 log.warning("dead_letter.not_written id=%s, will try again: %s", name, error)
                 return False
             with self._lock:
-                del self._waiting[name]
+                last = self._waiting.pop(name)
+            if last is not grave:
+                # Delivered once more while it was written.
+                last.then()
         return True
 
     # Keeping them in bounds

@@ -13,6 +13,7 @@ from typing import Any
 from celery import signals
 from celery.app.task import Context
 from celery.exceptions import InvalidTaskError, NotRegistered
+from celery.utils.imports import symbol_by_name
 from celery.utils.time import maybe_iso8601
 from celery.worker import consumer as stock
 from celery.worker import state
@@ -24,7 +25,8 @@ from celerykit.rollout import pause_for_newer
 from celerykit.worker import shape, shutdown
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
-from celerykit.worker.leases import Leases
+from celerykit.worker.leases import Leases, all_of
+from celerykit.worker.request import Request
 from celerykit.worker.returns import Returns
 from celerykit.worker.starts import Starts, Verdict
 
@@ -78,18 +80,24 @@ class Consumer(_Stock):  # type: ignore[misc]
         """Cut off what runs; it goes back."""
         shutdown.cancel_active_requests(self)
 
+    def update_strategies(self) -> None:
+        """See to it that every task's requests are ours, also of tasks that are of Celery's class or have their own."""
+        for task in self.app.tasks.values():
+            theirs = symbol_by_name(task.Request)
+            if not issubclass(theirs, Request):
+                task.Request = type(theirs.__name__, (Request, theirs), {})
+        super().update_strategies()
+
     # Letting start
 
     def _admit(self, request: Any) -> None:
         """Let a request start that may. Celery calls this when there is nothing left to wait for."""
         if not shutdown.may_start(self):
             return
+        # Asked when it has a place in the pool: what only stood in line was not started.
+        request.may_start = self._may_start
         try:
-            verdict = self._judge(request)
-            if verdict is Verdict.START:
-                self._hand_over(request)
-            else:
-                self._refuse(request, verdict)
+            self._hand_over(request)
         except self._broken as error:
             if not isinstance(error, _A_MESSAGES_OWN):
                 raise
@@ -97,13 +105,19 @@ class Consumer(_Stock):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001  (an edge: this may be called by a timer, which drops what raises)
             request.kill(error)
 
+    def _may_start(self, request: Any) -> bool:
+        verdict = self._judge(request)
+        if verdict is not Verdict.START:
+            self._refuse(request, verdict)
+        return verdict is Verdict.START
+
     def _judge(self, request: Any) -> Verdict:
         if not request.delivery_info.get("redelivered"):
             return self.undertaker.starts.judge(request)
         # A broker that went away gives again what this worker still runs, or has just run.
         if self._is_taken_over(request):
             return Verdict.TAKEN_OVER
-        if request.id in state.successful_requests:
+        if self.undertaker.starts.has_succeeded(request):
             return Verdict.ACKNOWLEDGE
         if self.undertaker.is_waiting(request):
             return Verdict.TAKEN_OVER
@@ -111,7 +125,7 @@ class Consumer(_Stock):  # type: ignore[misc]
 
     def _is_taken_over(self, request: Any) -> bool:
         """Tell whether this very message is being run; that run will then answer for this delivery."""
-        running = (one for one in tuple(state.active_requests) if one is not request and one.is_same(request))
+        running = (one for one in all_of(state.active_requests) if one is not request and one.is_same(request))
         for one in running:
             one.take_over(request)
             return True
@@ -119,10 +133,17 @@ class Consumer(_Stock):  # type: ignore[misc]
 
     def _refuse(self, request: Any, verdict: Verdict) -> None:
         if verdict is Verdict.BURY:
+            if request._success_was_stored():
+                state.task_ready(request)
+                request.acknowledge()
+                return
             request.kill(Undeliverable(f"it was started {request.starts - 1} times without coming to an end"))
             return
         if verdict is Verdict.TAKEN_OVER:
             state.reserved_requests.discard(request)
+            known: Any = state.requests
+            if known.get(request.id) is request:
+                del known[request.id]
             return
         state.task_ready(request)
         if verdict is Verdict.ACKNOWLEDGE:
@@ -221,7 +242,8 @@ class Consumer(_Stock):  # type: ignore[misc]
         task_id = headers.get("id")
         if not isinstance(task_id, str):
             return
-        context = Context({**headers, **embed, "correlation_id": message.properties.get("correlation_id")})
+        answer_to = {name: message.properties.get(name) for name in ("correlation_id", "reply_to")}
+        context = Context({**headers, **embed, **answer_to})
         try:
             self.app.backend.mark_as_failure(task_id, error, info_of(error).traceback, request=context)
             if dispatcher := self.event_dispatcher:

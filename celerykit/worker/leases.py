@@ -151,8 +151,8 @@ class Leases:
             return ()
         if self._has_line:
             # Celery forgets these once a connection is lost.
-            self._in_line |= _all(state.reserved_requests)
-        requests = _all(state.active_requests) | _all(self._in_line)
+            self._in_line |= all_of(state.reserved_requests)
+        requests = all_of(state.active_requests) | all_of(self._in_line)
         return {request.message.delivery_tag for request in requests if not request.acknowledged}
 
     def _look_back(self, now: int) -> None:
@@ -177,7 +177,7 @@ class Leases:
             log.warning("leases.restored messages=%d: their worker is gone", total)
 
 
-def _all(requests: MutableSet[Any]) -> set[Any]:
+def all_of(requests: MutableSet[Any]) -> set[Any]:
     while True:
         try:
             return set(requests)

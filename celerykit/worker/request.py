@@ -12,24 +12,30 @@ and `_context` are Celery's own business; a test names the versions.
 
 from __future__ import annotations
 
+import logging
+from datetime import UTC
 from typing import TYPE_CHECKING, Any, cast
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
+from celery.utils.time import maybe_iso8601
 from celery.worker import request as stock
 from celery.worker import state
 
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
+from celerykit.headers import Headers
 from celerykit.retry import DROPPED
 from celerykit.task import HANDED_BACK
 from celerykit.worker.ending import Ending, ending_of, error_in, info_of
-from celerykit.worker.starts import letter_of
+from celerykit.worker.starts import MOST_FORGIVEN, letter_of
 
 if TYPE_CHECKING:
     from celerykit.worker.burial import Undertaker
 
 __all__ = ["Request"]
 
+
+log = logging.getLogger(__name__)
 
 #: celery-types knows half of it.
 _Stock: Any = stock.Request
@@ -45,6 +51,7 @@ class Request(_Stock):  # type: ignore[misc]
     """
 
     starts = 1
+    may_start: Any = None
 
     _ending: Ending | None = None
     _is_buried = False
@@ -66,26 +73,34 @@ class Request(_Stock):  # type: ignore[misc]
         if self._already_cancelled and isinstance(error_in(exc_info), Terminated | WorkerLostError):
             # It was cut off, and what was to be done about it is done.
             return
-        exc_info = self._as_failure(exc_info)
+        # What came back from a run was raised by the task, though a child that it waited for may have raised it first.
+        is_raised = bool(how.get("return_ok"))
+        exc_info = self._as_failure(exc_info, is_raised=is_raised)
         error = cast("Any", error_in(exc_info))
-        if isinstance(error, TimeLimitExceeded) and self.time_start:
+        if isinstance(error, TimeLimitExceeded) and self.time_start and not is_raised:
             # Celery would tell of it twice: `on_timeout` comes right after this, and does.
             self._ending = ending_of(error)
             return
         if isinstance(error, Reject) and cast("Any", error).requeue:
-            self._hand_back(error)
-            return
+            if self._is_handed_back(error):
+                return
+            exc_info = self._not_handed_back(error)
+            error = error_in(exc_info)
         self._ending = self._ending_of(error, exc_info)
-        super().on_failure(exc_info, **how)
-        if not self.task.acks_late:
-            # Acknowledged when it started, so nothing above came to the gate.
-            self.acknowledge()
+        try:
+            super().on_failure(exc_info, **how)
+        finally:
+            # Acknowledged when it started, or something on the way to the gate failed: a result backend, a hook.
+            if self._ending is not None:
+                self.acknowledge()
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Bury what overran its hard time limit."""
-        super().on_timeout(soft, timeout)
-        if not soft and self._ending is not None:
-            self.acknowledge()
+        try:
+            super().on_timeout(soft, timeout)
+        finally:
+            if not soft and self._ending is not None:
+                self.acknowledge()
 
     def acknowledge(self) -> None:
         """Acknowledge, once nothing of the message can be lost any more."""
@@ -93,6 +108,8 @@ class Request(_Stock):  # type: ignore[misc]
             self._is_buried = True
             self.undertaker.bury(self, self._ending, then=super().acknowledge)
         elif not self._is_buried:
+            if self.undertaker is not None and self.id in state.successful_requests:
+                self.undertaker.starts.remember(self)
             super().acknowledge()
 
     def reject(self, requeue: bool = False) -> None:
@@ -132,6 +149,9 @@ class Request(_Stock):  # type: ignore[misc]
 
     def take_over(self, other: Request) -> None:
         """Answer for another delivery of this message: the one this request came with is void."""
+        if self.acknowledged:
+            other.acknowledge()
+            return
         self._message, self._on_ack, self._on_reject = other.message, other.on_ack, other.on_reject
         state.requests[self.id] = self
 
@@ -139,10 +159,32 @@ class Request(_Stock):  # type: ignore[misc]
         """End a message that is not to start, as a failure."""
         self.on_failure(info_of(error))
 
+    def revoked(self) -> bool:
+        """Tell whether it is not to start. Asked when it has a place in the pool, which an error would keep."""
+        try:
+            return bool(super().revoked()) or not (self.may_start is None or self.may_start(self))
+        except Exception as error:  # noqa: BLE001  (an edge: stamps may be anything)
+            self.kill(error)
+            return True
+
+    def on_accepted(self, pid: int, time_accepted: float) -> None:
+        """Note that it starts."""
+        try:
+            super().on_accepted(pid, time_accepted)
+        except NotImplementedError:
+            # Revoked with ``terminate`` while it stood in line of a pool that cannot: it has not begun.
+            self._announce_revoked("terminated", True, None, False)
+            raise
+
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if expired and self.undertaker is not None:
             self._ending = Ending("expired", message=f"It was to start before {self.expires}.")
-        super()._announce_revoked(reason, terminated, signum, expired)
+        try:
+            super()._announce_revoked(reason, terminated, signum, expired)
+        except Exception as error:  # noqa: BLE001  (an edge: a result backend that is down must not stop the worker)
+            log.error("result.not_stored task=%s id=%s: %s", self.name, self.id, error)
+            self._already_revoked = True
+            self.acknowledge()
         if expired:
             # Left there, it would keep a replay from starting.
             cast("Any", state.revoked).discard(self.id)
@@ -150,10 +192,19 @@ class Request(_Stock):  # type: ignore[misc]
     def _success_was_stored(self) -> Any:
         # Asked by us and then by Celery: one look at the result backend.
         if self._was_success_stored is None:
-            self._was_success_stored = super()._success_was_stored()
+            stored = super()._success_was_stored()
+            self._was_success_stored = stored if stored and self._is_of_this_call(stored) else False
         return self._was_success_stored
 
-    def _as_failure(self, exc_info: Any) -> Any:
+    def _is_of_this_call(self, stored: Any) -> bool:
+        """Tell whether a result is no older than the call: people use one id for many calls."""
+        sent_at, done = Headers.of(self.request_dict).sent_at, stored.get("date_done")
+        if sent_at is None or not done:
+            return True
+        done = cast("Any", maybe_iso8601)(done)
+        return bool((done if done.tzinfo else done.replace(tzinfo=UTC)).timestamp() >= sent_at)
+
+    def _as_failure(self, exc_info: Any, *, is_raised: bool) -> Any:
         """Make a failure of what would end the parent process, or what ended the child."""
         error = error_in(exc_info)
         if isinstance(error, MemoryError):
@@ -162,6 +213,9 @@ class Request(_Stock):  # type: ignore[misc]
         if has_exited and not (self._already_cancelled or self._already_revoked):
             exc_info = self._worker_lost_info(error)
             error = error_in(exc_info)
+        if isinstance(error, WorkerLostError) and is_raised:
+            # Its process lives; and told as it is, Celery would take it for lost.
+            return info_of(TaskInterrupted(f"the task raised {error!r}"))
         if isinstance(error, WorkerLostError) and self._is_poison():
             # As another error, or Celery would give the message back once more.
             return info_of(Undeliverable(f"it was started {self.starts} times, and its process died: {error}"))
@@ -198,10 +252,18 @@ class Request(_Stock):  # type: ignore[misc]
         most = self.task.max_retries
         return most is not None and self._context.retries >= most
 
-    def _hand_back(self, error: Any) -> None:
-        state.task_ready(self)
+    def _is_handed_back(self, error: Any) -> bool:
         undertaker = cast("Undertaker", self.undertaker)
-        undertaker.starts.forgive(self)
+        if self.acknowledged or undertaker.starts.forgive(self) > MOST_FORGIVEN:
+            return False
+        state.task_ready(self)
         is_held = isinstance(error.reason, tuple) and error.reason[:1] == (HANDED_BACK,)
         after = error.reason[1] if is_held else 1.0
         undertaker.returns.give_back(self.message, reject=super().reject, acknowledge=super().acknowledge, after=after)
+        return True
+
+    def _not_handed_back(self, error: Any) -> Any:
+        """Make a failure of what was acknowledged when it started, or was handed back for ever."""
+        if self.acknowledged:
+            return info_of(Reject(error.reason, requeue=False))
+        return info_of(Undeliverable(f"it was handed back {MOST_FORGIVEN} times: {error.reason}"))

@@ -64,13 +64,15 @@ class Returns:
         # A flood of them is not to fill this process.
         makes_room = self._held < _MOST_HELD
         self._held += 1
+        # A new connection has one of its own.
+        qos = self._consumer.qos
         if makes_room:
-            self._consumer.qos.increment_eventually()
+            qos.increment_eventually()
 
         def let_go() -> None:
             self._held -= 1
             if makes_room:
-                self._consumer.qos.decrement_eventually()
+                qos.decrement_eventually()
             then()
 
         self._consumer.timer.call_after(seconds, let_go)

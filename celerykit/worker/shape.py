@@ -70,6 +70,10 @@ def check_eta(eta: datetime | None, *, now: datetime, limit: timedelta) -> None:
     if eta is None:
         return
     aware = eta if eta.tzinfo else eta.replace(tzinfo=now.tzinfo)
+    try:
+        aware.astimezone()
+    except (OverflowError, ValueError):
+        raise Malformed("its ETA lies before all time") from None
     if aware > now + limit + timedelta(days=1):
         raise Malformed(f"its ETA lies more than {limit.days} days ahead (CELERYKIT_MAX_ETA)")
 

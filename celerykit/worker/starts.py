@@ -12,12 +12,15 @@ import logging
 from enum import Enum, auto
 from typing import Any
 
+from celery.utils.collections import LimitedSet
+from celery.worker import state
+
 from celerykit.dead_letters import identify, replay_mark
 from celerykit.errors import StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.stores import Store
 
-__all__ = ["Starts", "Verdict", "buried_key", "letter_of"]
+__all__ = ["MOST_FORGIVEN", "Starts", "Verdict", "buried_key", "letter_of"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +28,7 @@ log = logging.getLogger(__name__)
 _REMEMBERED = 7 * 86400
 
 #: Starts that were handed back and do not count. Not more: a message must come to an end.
-_MOST_FORGIVEN = 100
+MOST_FORGIVEN = 100
 
 #: Without a shared store: the broker's count of deliveries for each start that is allowed. Most never started.
 _DELIVERIES_A_START = 10
@@ -61,6 +64,15 @@ class Starts:
         self._store = store
         self._limit = limit
         self._keep = keep
+        self._succeeded = LimitedSet(maxlen=state.SUCCESSFUL_MAX, expires=state.SUCCESSFUL_EXPIRES)
+
+    def remember(self, request: Any) -> None:
+        """Remember that a message has succeeded here. Its id alone may be another call's, or its next attempt's."""
+        self._succeeded.add(_key("succeeded", request))
+
+    def has_succeeded(self, request: Any) -> bool:
+        """Tell whether this very message has succeeded here, so that only its acknowledgement was lost."""
+        return _key("succeeded", request) in self._succeeded
 
     def judge(self, request: Any) -> Verdict:
         """Count this start, if it can matter, and say whether it may happen."""
@@ -75,12 +87,13 @@ class Starts:
             log.warning("starts.not_counted task=%s id=%s: %s", request.name, request.id, error)
             return Verdict.WAIT if runs_at_most_once else Verdict.START
 
-    def forgive(self, request: Any) -> None:
-        """Take back a start that ended by handing the message back."""
+    def forgive(self, request: Any) -> int:
+        """Take back a start that ended by handing the message back, and tell how many were."""
         try:
-            self._store.add(_key("handed_back", request), ttl=_REMEMBERED)
+            return self._store.add(_key("handed_back", request), ttl=_REMEMBERED)
         except StoreUnavailable as error:
             log.warning("starts.not_forgiven task=%s id=%s: %s", request.name, request.id, error)
+            return 0
 
     def _judge(self, request: Any, *, is_redelivered: bool, runs_at_most_once: bool) -> Verdict:
         if is_redelivered and self._store.get(buried_key(letter_of(request))) is not None:
@@ -102,7 +115,7 @@ class Starts:
 
     def _counted(self, request: Any) -> int:
         starts = self._store.add(_key("starts", request), ttl=_REMEMBERED)
-        return starts - min(int(self._store.get(_key("handed_back", request)) or 0), _MOST_FORGIVEN)
+        return starts - min(int(self._store.get(_key("handed_back", request)) or 0), MOST_FORGIVEN)
 
     def _is_delivered_too_often(self, request: Any) -> bool:
         if self._store.is_shared:
@@ -130,4 +143,6 @@ def _key(what: str, request: Any) -> str:
     # One message each: a retry is another, and so is what a task was replaced with.
     header = request.request_dict
     nesting, retries = header.get("replaced_task_nesting") or 0, header.get("retries") or 0
-    return f"{what}:{request.id}:{nesting}:{retries}:{Headers.of(header).replay}"
+    ours = Headers.of(header)
+    # People use one id for many calls.
+    return f"{what}:{request.id}:{nesting}:{retries}:{ours.replay}:{ours.sent_at or ''}"

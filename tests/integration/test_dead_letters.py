@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import celery
+import kombu
 import pytest
 
 from celerykit.dev.servers import Server
@@ -123,10 +125,10 @@ def test_payload_that_does_not_fit_is_edited(mine: Any):
 
 def send_unchecked(mine: Any, depth: Any) -> Any:
     """As a producer would that knows nothing of contracts."""
-    import celery
-
     stock = celery.Celery(broker=mine.app.conf.broker_url, set_as_current=False)
-    sent = stock.send_task("mine.dig", (depth,), queue=mine.app.conf.task_default_queue)
+    name = mine.app.conf.task_default_queue
+    queue = kombu.Queue(name, kombu.Exchange(""), routing_key=name, no_declare=True)
+    sent = stock.send_task("mine.dig", (depth,), queue=queue)
     return mine.dig.AsyncResult(sent.id)
 
 

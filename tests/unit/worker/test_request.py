@@ -19,6 +19,9 @@ from celerykit.retry import DROPPED
 from celerykit.worker.ending import Ending
 from celerykit.worker.request import Request
 
+#: Told by the pool, not by the task.
+_OF_THE_POOL = (WorkerLostError, SystemExit, TimeLimitExceeded)
+
 
 class Undertaker:
     """Notes what it is asked for, and buries at once."""
@@ -27,12 +30,16 @@ class Undertaker:
         self.buried: list[Ending] = []
         self.handed_back: list[float] = []
         self.forgiven: list[Any] = []
-        self.starts = SimpleNamespace(forgive=self.forgiven.append)
+        self.starts = SimpleNamespace(forgive=self.forgive, remember=lambda request: None)
         self.returns = SimpleNamespace(give_back=self.give_back)
 
     def bury(self, request: Any, ending: Ending, *, then: Any) -> None:
         self.buried.append(ending)
         then()
+
+    def forgive(self, request: Any) -> int:
+        self.forgiven.append(request)
+        return len(self.forgiven)
 
     def give_back(self, message: Any, *, reject: Any, acknowledge: Any, after: float = 1.0) -> None:
         self.handed_back.append(after)
@@ -89,7 +96,7 @@ def fails(request: Any, error: BaseException) -> None:
         raise error
     except type(error):
         # The pool says so of what the child could still report, and has stored.
-        request.on_failure(ExceptionInfo(), return_ok=not isinstance(error, WorkerLostError | SystemExit))
+        request.on_failure(ExceptionInfo(), return_ok=not isinstance(error, _OF_THE_POOL))
 
 
 @pytest.mark.parametrize(
