@@ -7,6 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import celery
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.exceptions import Reject
 
 from celerykit import Backoff, CeleryKit, Dead, Drop, Retry, Snooze, Task
@@ -119,3 +121,40 @@ def on_error(task_id: str) -> str:
 def asks_for_nonsense(self: Task[..., Any], path: Path) -> int:
     note(path, "run")
     raise self.retry(countdown="nonsense")  # type: ignore[arg-type]
+
+
+@app.task(acks_late=False)
+def early(path: Path) -> int:
+    note(path, "run")
+    raise Reject("not here", requeue=True)
+
+
+@app.task
+def raises_a_childs_limit(path: Path) -> int:
+    """As `get()` of another task's result does."""
+    note(path, "run")
+    raise TimeLimitExceeded(1)
+
+
+@app.task
+def raises_a_childs_loss(path: Path) -> int:
+    note(path, "run")
+    raise WorkerLostError("another's process")
+
+
+@app.task(bind=True, retry=Retry({ConnectionError: QUICK}, attempts=3))
+def with_headers_of_its_own(self: Task[..., Any], path: Path) -> int:
+    note(path, "run")
+    raise self.retry(countdown=0.01, headers={"tenant": "acme"})
+
+
+class Plain(celery.Task):  # type: ignore[type-arg]
+    """A task of Celery's own class."""
+
+    name = "tests.integration.retry_shop.plain"
+
+    def run(self) -> int:
+        raise RuntimeError("plain")
+
+
+plain: Any = app.register_task(Plain())  # type: ignore[no-untyped-call]

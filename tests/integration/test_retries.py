@@ -180,3 +180,44 @@ def test_a_retry_that_can_never_be_sent_ends_the_call(shop: Any, notes: Path) ->
 
     assert runs(notes) == 1
     services.eventually(lambda: any(shop.app.dead_letters.find(id=result.id)))
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("name", ["early", "raises_a_childs_limit", "raises_a_childs_loss", "plain"])
+def test_no_end_of_a_task_escapes(shop: Any, notes: Path, name: str) -> None:
+    """Handed back after an early ack; errors that another task's process died of; a task of Celery's own class."""
+    task = getattr(shop, name)
+    result = task.apply_async(() if name == "plain" else (str(notes),))
+
+    services.eventually(lambda: any(shop.app.dead_letters.find(id=result.id)))
+
+    assert result.state == "FAILURE"
+    assert name == "plain" or runs(notes) == 1
+    assert shop.doubled.delay(21).get(timeout=10) == 42
+
+
+def test_headers_of_its_own_do_not_keep_a_retry_from_counting(shop: Any, notes: Path) -> None:
+    result = shop.with_headers_of_its_own.delay(notes)
+
+    services.eventually(lambda: any(shop.app.dead_letters.find(id=result.id)))
+
+    assert runs(notes) == 3
+
+
+def test_a_message_whose_stamps_make_no_sense_takes_no_place_in_the_pool(shop: Any) -> None:
+    for _ in range(3):
+        shop.doubled.apply_async((1,), headers={"stamped_headers": [["a"]], "stamps": {}})
+
+    assert shop.doubled.delay(21).get(timeout=10) == 42
+    assert shop.doubled.delay(21).get(timeout=10) == 42
+
+
+def test_one_id_can_be_used_for_many_calls(shop: Any, notes: Path) -> None:
+    for _ in range(2):
+        shop.doubled.apply_async((1,), task_id="the same").get(timeout=10)
+    result = shop.charge.apply_async((notes, 3), task_id="the same")
+
+    services.eventually(lambda: notes.exists() and runs(notes) == 3)
+    services.eventually(lambda: result.state == "SUCCESS")

@@ -30,7 +30,7 @@ from celerykit import (
 from celerykit.call import compose, validated
 from celerykit.contract import Contract
 from celerykit.headers import Headers
-from celerykit.retry import retried
+from celerykit.retry import Snooze, retried
 from celerykit.task import STEPS
 
 
@@ -382,3 +382,11 @@ def test_a_thread_s_loop_ends_with_the_thread() -> None:
 
     assert seen[0] is seen[1]
     assert seen[0].is_closed()
+
+
+def test_an_eager_call_that_is_put_off_for_ever_fails(eager: Any) -> None:
+    @eager.task
+    def waits() -> int:
+        raise Snooze(1)
+
+    assert waits.apply().state == "FAILURE"
