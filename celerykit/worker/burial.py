@@ -23,7 +23,7 @@ from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, iden
 from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.worker.ending import Ending, ending_of
-from celerykit.worker.returns import Returns
+from celerykit.worker.returns import Returns, undelayed
 from celerykit.worker.starts import Starts, buried_key, letter_of
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Undertaker:
 
     def _queue_of(self, delivery: Any) -> str | None:
         """Find the queue that a message came from whose sender did not say it."""
-        exchange, key = delivery.get("exchange"), delivery.get("routing_key")
+        exchange, key = delivery.get("exchange"), undelayed(delivery.get("routing_key"))
         queues = self._app.amqp.queues.consume_from.values()
         bound = (queue.name for queue in queues if queue.exchange.name == exchange and queue.routing_key == key)
         return next(bound, None) or _text(key)

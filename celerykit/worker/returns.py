@@ -5,6 +5,7 @@ Gives messages back to their queue after a while: what made them come back may n
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,12 @@ from celerykit.headers import Headers
 from celerykit.letters import letter_of
 from celerykit.publishing import sending
 
-__all__ = ["Returns"]
+__all__ = ["Returns", "undelayed"]
 
 log = logging.getLogger(__name__)
+
+#: Before the routing key of a message that RabbitMQ has delayed.
+_LEVELS = re.compile(rf"^(?:[01]\.){{{MAX_LEVEL + 1}}}")
 
 #: Messages that are held at a time, and for which others may come in their place.
 _MOST_HELD = 100
@@ -110,5 +114,10 @@ class Returns:
 
     def _queue_of(self, message: Any) -> Any:
         queues = self._consumer.app.amqp.queues
-        name = Headers.of(message.headers).queue or message.delivery_info.get("routing_key")
+        name = Headers.of(message.headers).queue or undelayed(message.delivery_info.get("routing_key"))
         return queues[name] if name in queues.consume_from else None
+
+
+def undelayed(routing_key: Any) -> Any:
+    """Take away what RabbitMQ's delayed delivery put before a routing key: a digit for each of its levels."""
+    return _LEVELS.sub("", routing_key) if isinstance(routing_key, str) else routing_key
