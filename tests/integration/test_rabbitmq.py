@@ -333,3 +333,33 @@ def test_what_only_a_newer_deploy_may_know_keeps_no_worker_from_work(rabbitmq: A
         services.eventually(lambda: {result.state for result in unknown} == {"FAILURE"}, within=40)
         assert time.monotonic() - started > grace
         assert node.log.count("reason=unknown_task") == 6
+
+
+def test_a_queue_s_own_dead_letter_exchange_gets_no_second_letter(rabbitmq: Any, broker: Server) -> None:
+    with kombu.Connection(rabbitmq.url) as connection:
+        channel = connection.channel()
+        own = kombu.Queue("own.dead", kombu.Exchange("own.dlx", "fanout"), durable=True)
+        own(channel).declare()
+        arguments = {"x-queue-type": "quorum", "x-dead-letter-exchange": "own.dlx"}
+        kombu.Queue("own", kombu.Exchange("own", "topic"), "own", queue_arguments=arguments)(channel).declare()
+    env = {
+        "CELERY_TASK_DEFAULT_QUEUE": "own",
+        "CELERY_RESULT_BACKEND": broker.backend_url,
+        "CELERYKIT_DEAD_LETTER_QUEUE": "own.letters",
+    }
+    app = CeleryKit("operator", broker=rabbitmq.url, backend=broker.backend_url, set_as_current=False)
+    to_own = kombu.Queue("own", kombu.Exchange(""), routing_key="own", no_declare=True)
+
+    with services.worker("tests.integration.own_queue", url=rabbitmq.url, env=env, concurrency=1, cwd=ROOT) as node:
+        failed = app.send_task("tests.integration.retry_shop.broken", (1,), queue=to_own)
+        app.send_task("tests.integration.retry_shop.rejects", queue=to_own)
+        app.send_task("tests.integration.retry_shop.broken", ({"not": "a number"},), queue=to_own)
+        services.eventually(lambda: node.log.count("dead_letter.buried") == 3, what=lambda: node.log)
+
+    assert failed.state == "FAILURE"
+    with kombu.Connection(rabbitmq.url) as connection:
+        counts = {
+            name: connection.channel().queue_declare(name, passive=True).message_count
+            for name in ("own", "own.dead", "own.letters")
+        }
+    assert counts == {"own": 0, "own.dead": 0, "own.letters": 3}
