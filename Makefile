@@ -13,6 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --only-b
 	--constraint constraints.txt --build-constraint constraints.txt
 
 PYTEST := $(BIN)/python -m pytest
+TESTS ?= tests/unit tests/integration tests/compat
 
 SOURCES := pyproject.toml constraints.txt
 
@@ -25,7 +26,7 @@ demo: $(VENV)/.run  ## See it work: an embedded Valkey, a stock worker, a small 
 	@$(BIN)/python examples/quickstart/demo.py
 
 test: $(VENV)/.test  ## Run the tests
-	$(PYTEST) -n auto tests/unit tests/integration tests/compat $(ARGS)
+	$(PYTEST) -n auto $(TESTS) $(ARGS)
 
 faults: $(VENV)/.test  ## Kill workers and brokers, and look for what is lost
 	$(PYTEST) -n 2 tests/faults $(ARGS)
