@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit, shared_task
-    from celerykit.call import Call, Next, Step
+    from celerykit.call import Call, Next, Outcome, Step
     from celerykit.canvas import Signature
     from celerykit.errors import (
         CelerykitError,
@@ -49,6 +49,7 @@ _HOMES = {
     "LetterNotFound": "errors",
     "LettersLocked": "errors",
     "Next": "call",
+    "Outcome": "call",
     "Result": "result",
     "ResultMismatch": "errors",
     "ResultNotStored": "errors",
@@ -79,6 +80,7 @@ __all__ = [
     "LetterNotFound",
     "LettersLocked",
     "Next",
+    "Outcome",
     "Result",
     "ResultMismatch",
     "ResultNotStored",

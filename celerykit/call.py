@@ -2,7 +2,8 @@
 One call of a task as its steps see it, and how steps are put around it.
 
 A step is a function. It may look at the call, change it for those further in,
-refuse it by raising, or answer it itself::
+refuse it by raising, or answer it itself. One that catches ``Exception`` lets
+`Outcome` pass: it is how a call ends that is put off::
 
     def timed(call_next: Next, call: Call) -> Any:
         started = monotonic()
