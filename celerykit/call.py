@@ -2,8 +2,7 @@
 One call of a task as its steps see it, and how steps are put around it.
 
 A step is a function. It may look at the call, change it for those further in,
-refuse it by raising, or answer it itself. One that catches ``Exception`` lets
-`Outcome` pass: it is how a call ends that is put off::
+refuse it by raising, or answer it itself::
 
     def timed(call_next: Next, call: Call) -> Any:
         started = monotonic()
@@ -11,6 +10,8 @@ refuse it by raising, or answer it itself. One that catches ``Exception`` lets
             return call_next(call)
         finally:
             observe(call.task, monotonic() - started)
+
+One that catches ``Exception`` lets `Outcome` pass: so ends a call that is put off.
 """
 
 from __future__ import annotations
