@@ -10,28 +10,23 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import celery
 from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
-from celery.utils.saferepr import saferepr
-from celery.utils.serialization import get_pickleable_exception
-from celery.utils.time import maybe_iso8601
 
-from celerykit import bulk, loops
+from celerykit import again, bulk, loops
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
-from celerykit.dead_letters import error_fingerprint
 from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
-from celerykit.headers import HEADER, Attempt, Headers
-from celerykit.publishing import FAILURES, check_body, check_delay
+from celerykit.headers import HEADER, Headers
+from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
 from celerykit.rollout import pause_for_newer
@@ -64,11 +59,8 @@ _MAPPERS = ("celery.map", "celery.starmap")
 #: The options that Celery takes by position too, in its order.
 _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
-#: An eager call that is put off runs again at once, within itself.
-_MOST_EAGER_SNOOZES = 10
-
-# Marks on the request of a running task; each run has a request of its own. The first two hold when that was.
-_ENTERED, _RAN, FINISHED = "celerykit_entered", "celerykit_ran", "celerykit_finished"
+# Marks on the request of a running task, beside the one in `again`; each run has a request of its own.
+_RAN, FINISHED = "celerykit_ran", "celerykit_finished"
 
 
 class _Sign(Protocol[P, R_co]):
@@ -388,64 +380,15 @@ class Task(celery.Task[P, R], Generic[P, R]):
             if policy is not None and options.get("max_retries") is None and header.attempt >= policy.attempts:
                 options["max_retries"] = request.retries
             error = options.get("exc") or (args[2] if len(args) > 2 else None)
-            following = self._headers_of_next(request, header, header.attempt + 1, "retry", error)
+            following = again.headers_of_next(request, header, header.attempt + 1, outcome="retry", error=error)
             options["headers"] = following if given is None else {**given, HEADER: following[HEADER]}
         if header.queue is not None:
             # A delayed message of RabbitMQ says where its delay ended, and not where it belongs.
             options.setdefault("queue", header.queue)
         try:
-            return stock_retry(*args, **self._described(request), **options)
+            return stock_retry(*args, **again.descriptions(self, request), **options)
         except Reject as error:
-            raise _not_sent(cast("Any", error).reason) from error
-
-    def _send_again(self, later: Later, request: Any, header: Headers) -> NoReturn:
-        if request.is_eager and later.kind == "snooze" and len(header.ledger) >= _MOST_EAGER_SNOOZES:
-            # Nothing that it waits for can happen meanwhile.
-            raise cast("Any", later.error)
-        # The core of Celery's `retry`, whose count of retries is not ours: a snooze is none.
-        again = self.signature_from_request(
-            request,
-            countdown=later.delay,
-            retries=request.retries + 1,
-            headers=self._headers_of_next(request, header, later.attempt, later.kind, later.error),
-            queue=header.queue,
-            **self._described(request),
-        )
-        told: Any = StockRetry
-        if not request.is_eager:
-            try:
-                again.apply_async()
-            except Exception as error:  # noqa: BLE001  (which of them it is, is looked at)
-                raise _not_sent(error) from later.error
-        raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=again) from None
-
-    def _headers_of_next(
-        self, request: Any, header: Headers, attempt: int, outcome: str, error: BaseException | None
-    ) -> dict[str, Any]:
-        row = self._row(request, header, outcome, error)
-        # Where a broker marks a message as redelivered among its headers, a retry is a new one.
-        kept = {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
-        return replace(header, attempt=attempt, due_at=None, ledger=(*header.ledger, row)).added_to(kept)
-
-    def _row(self, request: Any, header: Headers, outcome: str, error: BaseException | None) -> Attempt:
-        started, now = getattr(request, _ENTERED), time.time()
-        return Attempt(
-            started=started,
-            waited=max(0.0, started - _ready_at(request, header, started)),
-            ran=now - started,
-            outcome=outcome,
-            error="" if error is None or outcome == "snooze" else _fingerprint(error),
-            worker=str(request.hostname or ""),
-        )
-
-    def _described(self, request: Any) -> dict[str, Any]:
-        # How the sender wrote the arguments for people: without secrets. Celery writes those of a retry anew.
-        written = {"argsrepr": request.args, "kwargsrepr": request.kwargs}
-        return {
-            name: shown
-            for name, value in written.items()
-            if (shown := getattr(request, name, None)) and shown != saferepr(value, self.app.amqp.argsrepr_maxsize)
-        }
+            raise again.not_sent(cast("Any", error).reason) from error
 
     # In
 
@@ -457,21 +400,21 @@ class Task(celery.Task[P, R], Generic[P, R]):
         run's request; only the first call in a request is the worker's.
         """
         request = self.request
-        if request.called_directly or hasattr(request, _ENTERED):
+        if request.called_directly or hasattr(request, again.ENTERED):
             return cast("R", self._called_as_function(args, kwargs))
         if self.contract is None:
             return self.run(*args, **kwargs)
-        setattr(request, _ENTERED, time.time())
+        setattr(request, again.ENTERED, time.time())
         call = self._call(request, args, kwargs)
         try:
             return cast("R", self._pipeline(call))
         except Stopped as stopped:
             raise stopped.by from None
         except Later as later:
-            self._send_again(later, request, call.headers)
+            again.send(self, request, call.headers, later)
         except Snooze as snooze:  # raised by a step of the user's, which stands outside of ours
-            again = Later(snooze.delay, attempt=call.attempt, kind="snooze", error=snooze)
-            self._send_again(again, request, call.headers)
+            put_off = Later(snooze.delay, attempt=call.attempt, kind="snooze", error=snooze)
+            again.send(self, request, call.headers, put_off)
         except InvalidPayload:
             if not hasattr(request, _RAN):
                 self._hand_back_to_newer(call)
@@ -482,7 +425,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             raise TaskInterrupted(f"{self.name}: a step raised {interruption!r}") from interruption
         except Exception as error:
             if DROPPED in vars(error):
-                _raise_dropped(error)
+                again.raise_dropped(error)
             raise
         finally:
             setattr(request, FINISHED, True)
@@ -564,14 +507,6 @@ def _due_at(options: Mapping[str, Any], now: float) -> float | None:
     return eta.timestamp() if isinstance(eta, datetime) and eta.tzinfo else None
 
 
-def _not_sent(error: Any) -> Exception:
-    """Say what becomes of a message whose retry could not be sent: it goes back, if it is the broker's fault."""
-    if isinstance(error, FAILURES):
-        return Reject(f"the retry could not be sent: {error}", requeue=True)
-    # It would be the same the next time.
-    return error if isinstance(error, Exception) else RuntimeError(f"the retry could not be sent: {error}")
-
-
 def _unchecked(header: Any) -> Callable[..., None]:
     """
     Make what Celery calls to look at arguments look no more: the contract does.
@@ -585,34 +520,11 @@ def _unchecked(header: Any) -> Callable[..., None]:
     return check
 
 
-def _raise_dropped(error: Exception) -> NoReturn:
-    """Raise an error that leaves no letter, as one that can tell so to another process."""
-    portable: Any = get_pickleable_exception(error)
-    if portable is error:
-        raise error
-    vars(portable)[DROPPED] = True
-    raise portable from error
-
-
 def _is_told_to_end(interruption: BaseException) -> bool:
     """Tell whether it is the worker that ends, or this process of its pool, and not only the task."""
     if isinstance(interruption, WorkerShutdown | WorkerTerminate):
         return True
     return isinstance(interruption, SystemExit) and interruption.code in _ENDED_BY_SIGNAL
-
-
-def _ready_at(request: Any, header: Headers, started: float) -> float:
-    """Tell since when the running attempt could have started."""
-    times = [header.sent_at or started, header.due_at or 0.0]
-    if header.ledger:
-        times.append(header.ledger[-1].started + header.ledger[-1].ran)
-    if request.eta:
-        times.append(cast("Any", maybe_iso8601(request.eta)).timestamp())
-    return max(times)
-
-
-def _fingerprint(error: BaseException) -> str:
-    return error_fingerprint(type(error).__name__, "".join(traceback.format_exception(error)))
 
 
 def _family(parent: Any) -> dict[str, Any]:

@@ -1,0 +1,128 @@
+"""
+Sends a running call again: a retry by its policy, one by hand, and what was only put off.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import replace
+from typing import Any, NoReturn, cast
+
+from celery.exceptions import Reject, Retry
+from celery.utils.saferepr import saferepr
+from celery.utils.serialization import get_pickleable_exception
+from celery.utils.time import maybe_iso8601
+
+from celerykit.call import Later
+from celerykit.dead_letters import error_fingerprint
+from celerykit.headers import Attempt, Headers
+from celerykit.publishing import FAILURES
+from celerykit.retry import DROPPED
+
+__all__ = ["ENTERED", "descriptions", "headers_of_next", "not_sent", "raise_dropped", "send"]
+
+#: A mark on the request of a running task: when it began, in seconds since 1970.
+ENTERED = "celerykit_entered"
+
+#: An eager call that is put off runs again at once, within itself.
+_MOST_EAGER_SNOOZES = 10
+
+
+def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
+    """
+    Send the running call of *task* again, and tell Celery so.
+
+    It is the core of Celery's ``Task.retry``, whose count of retries is not
+    ours: a snooze is none.
+
+    Raises:
+        Retry: It was sent; Celery's word for it.
+
+        Reject: The broker did not take it; the message goes back to its queue.
+    """
+    if request.is_eager and later.kind == "snooze" and len(header.ledger) >= _MOST_EAGER_SNOOZES:
+        # Nothing that it waits for can happen meanwhile.
+        raise cast("Any", later.error)
+    signature = task.signature_from_request(
+        request,
+        countdown=later.delay,
+        retries=request.retries + 1,
+        headers=headers_of_next(request, header, later.attempt, outcome=later.kind, error=later.error),
+        queue=header.queue,
+        **descriptions(task, request),
+    )
+    told: Any = Retry
+    if not request.is_eager:
+        try:
+            signature.apply_async()
+        except Exception as error:  # noqa: BLE001  (which of them it is, is looked at)
+            raise not_sent(error) from later.error
+    raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=signature) from None
+
+
+def not_sent(error: Any) -> Exception:
+    """Say what becomes of a message whose retry could not be sent: it goes back, if it is the broker's fault."""
+    if isinstance(error, FAILURES):
+        return Reject(f"the retry could not be sent: {error}", requeue=True)
+    # It would be the same the next time.
+    return error if isinstance(error, Exception) else RuntimeError(f"the retry could not be sent: {error}")
+
+
+def headers_of_next(
+    request: Any, header: Headers, attempt: int, *, outcome: str, error: BaseException | None
+) -> dict[str, Any]:
+    """Give the headers of the next message, with a row for this run in the ledger."""
+    row = _row(request, header, outcome, error)
+    # Where a broker marks a message as redelivered among its headers, a retry is a new one.
+    kept = {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
+    return replace(header, attempt=attempt, due_at=None, ledger=(*header.ledger, row)).added_to(kept)
+
+
+def _row(request: Any, header: Headers, outcome: str, error: BaseException | None) -> Attempt:
+    started, now = getattr(request, ENTERED), time.time()
+    return Attempt(
+        started=started,
+        waited=max(0.0, started - _ready_at(request, header, started)),
+        ran=now - started,
+        outcome=outcome,
+        error="" if error is None or outcome == "snooze" else _fingerprint(error),
+        worker=str(request.hostname or ""),
+    )
+
+
+def _ready_at(request: Any, header: Headers, started: float) -> float:
+    """Tell since when the running attempt could have started."""
+    times = [header.sent_at or started, header.due_at or 0.0]
+    if header.ledger:
+        times.append(header.ledger[-1].started + header.ledger[-1].ran)
+    if request.eta:
+        times.append(cast("Any", maybe_iso8601(request.eta)).timestamp())
+    return max(times)
+
+
+def _fingerprint(error: BaseException) -> str:
+    return error_fingerprint(type(error).__name__, "".join(traceback.format_exception(error)))
+
+
+def descriptions(task: Any, request: Any) -> dict[str, Any]:
+    """
+    Give how the sender wrote the arguments for people, which may be without secrets.
+
+    Celery writes those of a retry anew.
+    """
+    written = {"argsrepr": request.args, "kwargsrepr": request.kwargs}
+    return {
+        name: shown
+        for name, value in written.items()
+        if (shown := getattr(request, name, None)) and shown != saferepr(value, task.app.amqp.argsrepr_maxsize)
+    }
+
+
+def raise_dropped(error: Exception) -> NoReturn:
+    """Raise an error that leaves no letter, as one that can tell so to another process."""
+    portable: Any = get_pickleable_exception(error)
+    if portable is error:
+        raise error
+    vars(portable)[DROPPED] = True
+    raise portable from error
