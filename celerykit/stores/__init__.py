@@ -7,20 +7,102 @@ imported when a store of their kind is opened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from celerykit.errors import InvalidSettings
 from celerykit.settings import settle
 
-__all__ = ["Store", "default_url", "open_store"]
+__all__ = ["Hold", "New", "Record", "Store", "Swap", "Swapped", "default_url", "open_store"]
 
 _REDIS = frozenset({"redis", "rediss", "redis+socket"})
 
 
+class Record(NamedTuple):
+    """
+    What stands under a key that is swapped.
+
+    Attributes:
+        version:
+            What a swap compares.
+
+        data:
+            What the store does not look at.
+
+        lease:
+            Seconds left, by the store's own clock: 0 or less when it has
+            lapsed; ``None`` without one.
+    """
+
+    version: str
+    data: str
+    lease: float | None
+
+
+class New(NamedTuple):
+    """
+    What a swap writes.
+
+    Attributes:
+        ttl:
+            Seconds until it is forgotten.
+
+        lease:
+            Seconds, or ``None`` for none.
+    """
+
+    version: str
+    data: str
+    ttl: float
+    lease: float | None = None
+
+
+class Swap(NamedTuple):
+    """
+    One compare-and-swap.
+
+    Attributes:
+        expected:
+            The version that must stand there; ``None`` when nothing must.
+
+        new:
+            ``None`` to forget what is there.
+
+        lapsed:
+            Whether its lease must also have run out, or there be none.
+    """
+
+    key: str
+    expected: str | None
+    new: New | None
+    lapsed: bool = False
+
+
+class Swapped(NamedTuple):
+    """
+    What came of a swap.
+
+    Attributes:
+        found:
+            What stood there instead; ``None`` when nothing did, or it is done.
+    """
+
+    done: bool
+    found: Record | None
+
+
+class Hold(NamedTuple):
+    """What is renewed: *lease* and *ttl* in seconds from now, if *version* still stands there."""
+
+    key: str
+    version: str
+    lease: float
+    ttl: float
+
+
 class Store(Protocol):
     """
-    Counts and marks. Every call is one round trip, and safe from any thread and after a fork.
+    Counts, marks, records and slots. Every call is one round trip, and safe from any thread and after a fork.
 
     Each raises `StoreUnavailable` when the store does not answer in time, or
     refuses. Whether it did what was asked is then unknown.
@@ -55,6 +137,37 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Forget *key*, if it is there."""
+        ...
+
+    def read(self, key: str) -> Record | None:
+        """Return the record under *key*."""
+        ...
+
+    def swap(self, *swaps: Swap) -> list[Swapped]:
+        """Compare and swap: each atomic by itself, one after the other, in one round trip."""
+        ...
+
+    def renew(self, holds: Sequence[Hold]) -> list[bool]:
+        """Begin leases anew, and tell which records are still there as they were; one round trip for all."""
+        ...
+
+    def take(self, key: str, holder: str, *, limit: int, ttl: float) -> float:
+        """
+        Take one of *limit* slots under *key*, for *ttl* seconds.
+
+        Again by the same holder, its time begins anew.
+
+        Returns:
+            0 when it is taken, else in how many seconds the next one is free.
+        """
+        ...
+
+    def give(self, key: str, holder: str) -> None:
+        """Give a slot back, if the holder has one."""
+        ...
+
+    def find(self, prefix: str) -> Iterator[tuple[str, Record]]:
+        """Walk through the records whose keys begin so, a few at a time; what changes meanwhile may be missed."""
         ...
 
     def close(self) -> None:
