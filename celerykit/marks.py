@@ -1,0 +1,321 @@
+"""
+Marks on types: which fields of a task's parameters carry one, and what their values are in a call.
+
+    class Order(BaseModel):
+        order_id: Annotated[UUID, Key()]
+
+    def charge(order: Order) -> None: ...
+
+The field marked ``Key()`` is at the path ``("order", "order_id")``. Paths are found once, when a task is declared.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Final, ForwardRef, NamedTuple, NewType, TypeAlias, TypeVar, get_args, get_origin
+
+import typing_extensions
+from pydantic import BaseModel, Json, RootModel
+
+from celerykit.errors import InvalidContract
+
+__all__ = ["EACH", "Path", "paths_of", "values_at"]
+
+#: The step that stands for each item of a list, set, tuple of any length, or dict.
+EACH: Final = "*"
+
+#: From a parameter's name inwards: names of fields, places in a tuple that has a type for each, and `EACH`.
+Path: TypeAlias = tuple[str | int, ...]
+
+#: Types that refer to each other in more ways than this are not one call's arguments.
+_MOST = 10_000
+
+_ALIASES: tuple[Any, ...] = (
+    typing_extensions.TypeAliasType,
+    getattr(typing, "TypeAliasType", typing_extensions.TypeAliasType),
+)
+_UNIONS = (typing.Union, types.UnionType)
+_UNPACKED = (typing.Unpack, typing_extensions.Unpack)
+
+#: What stands around a field's type, and says nothing of its values.
+_WRAPPERS = (
+    typing.Final,
+    typing.Required,
+    typing.NotRequired,
+    typing_extensions.Required,
+    typing_extensions.NotRequired,
+    typing_extensions.ReadOnly,
+    getattr(typing, "ReadOnly", typing_extensions.ReadOnly),
+)
+
+
+#: A step to where no path goes.
+_UNREACHED = "\0"
+
+
+class _Hidden(NamedTuple):
+    """A type whose values are written where no path goes."""
+
+    annotation: Any
+
+
+class _Part(NamedTuple):
+    """A type inside another one, and the steps from that one to it."""
+
+    steps: Path
+    annotation: Any
+    marks: Sequence[Any] = ()
+
+
+class _Place(NamedTuple):
+    """A type, where it stands, and the types with a name that are around it."""
+
+    path: Path
+    annotation: Any
+    marks: Sequence[Any] = ()
+    above: tuple[Any, ...] = ()
+
+
+def paths_of(types: Mapping[str, Any], mark: type) -> tuple[Path, ...]:
+    """
+    Find what carries a *mark* in ``Annotated[...]``, as a class or an instance of it.
+
+    Where a type contains itself, the marks in it are found once, and not again
+    further in.
+
+    Args:
+        types:
+            The type of each parameter; pydantic must know them.
+
+    Raises:
+        InvalidContract: A mark stands on the keys of a dict; or the types refer to each other in too many ways.
+    """
+    found: dict[Path, None] = {}
+    for name, annotation in types.items():
+        found |= dict.fromkeys(_found((name,), annotation, mark))
+    return tuple(found)
+
+
+def values_at(values: Any, path: Path) -> Any:
+    """
+    Read what is at *path* out of JSON values by parameter name.
+
+    Names of fields are those of `Contract.canonical`, not their aliases. What
+    is not there is ``None``, as what is null; `EACH` gives a list, of a dict
+    in the order of its keys.
+    """
+    if not path:
+        return values
+    if path[0] != EACH:
+        return values_at(_inside(values, path[0]), path[1:])
+    items = [values[key] for key in sorted(values)] if isinstance(values, dict) else values
+    return [values_at(item, path[1:]) for item in items] if isinstance(items, list) else None
+
+
+def _inside(value: Any, step: str | int) -> Any:
+    if isinstance(step, int):
+        return value[step] if isinstance(value, list) and step < len(value) else None
+    return value.get(step) if isinstance(value, Mapping) else None
+
+
+# Finding
+
+
+def _found(path: Path, annotation: Any, mark: type) -> Iterator[Path]:
+    """Go inwards, but only to where there is a mark."""
+    waiting = [_Place(path, annotation)]
+    for _ in range(_MOST):
+        if not waiting:
+            return
+        place = waiting.pop()
+        if not _leads_to(mark, place):
+            continue
+        if _is_marked(place, mark):
+            yield _reachable(place.path, mark)
+        if place.annotation not in place.above:
+            waiting += reversed(_inner(place))
+    raise _too_many(path[0])
+
+
+def _leads_to(mark: type, place: _Place) -> bool:
+    waiting, seen = [place], list(place.above)
+    for _ in range(_MOST):
+        if not waiting:
+            return False
+        place = waiting.pop()
+        if _is_marked(place, mark):
+            return True
+        if _may_contain_itself(place.annotation):
+            if place.annotation in seen:
+                continue
+            seen.append(place.annotation)
+        waiting += _inner(place)
+    raise _too_many(place.path[0])
+
+
+def _inner(place: _Place) -> list[_Place]:
+    above = place.above
+    if _may_contain_itself(place.annotation):
+        above = (*above, place.annotation)
+    return [_Place((*place.path, *part.steps), part.annotation, part.marks, above) for part in _parts(place.annotation)]
+
+
+def _is_marked(place: _Place, mark: type) -> bool:
+    return any(_is(mark, item) for item in place.marks)
+
+
+def _is(kind: type, item: Any) -> bool:
+    return isinstance(item, kind) or (isinstance(item, type) and issubclass(item, kind))
+
+
+def _may_contain_itself(annotation: Any) -> bool:
+    """Tell whether it has a name of its own: without one, a type cannot be written inside itself."""
+    origin = get_origin(annotation) or annotation
+    return isinstance(origin, _ALIASES) or (isinstance(origin, type) and _has_fields(origin))
+
+
+def _reachable(path: Path, mark: type) -> Path:
+    if _UNREACHED not in path:
+        return path
+    outside = ".".join(map(str, path[: path.index(_UNREACHED)]))
+    raise InvalidContract(
+        f"parameter {outside!r}: {mark.__name__}() stands on the keys of a dict, or inside of Json[...], "
+        "where no field is; let it stand on the whole."
+    )
+
+
+def _too_many(parameter: Any) -> InvalidContract:
+    return InvalidContract(
+        f"parameter {parameter!r}: its types refer to each other in too many ways to look for marks in them; "
+        "give the task a model of what it needs."
+    )
+
+
+# What is inside a type
+
+
+def _parts(annotation: Any) -> Iterable[_Part]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (typing.Annotated, typing_extensions.Annotated):
+        return [_annotated(args[0], args[1:])]
+    if origin in _WRAPPERS or origin in _UNPACKED:
+        return [_Part((), args[0])]
+    if origin in _UNIONS:
+        return [_Part((), member) for member in args]
+    if isinstance(annotation, str | ForwardRef):
+        raise InvalidContract(f"the annotation {annotation!r} is not defined.")
+    return _named(origin or annotation, args) if _may_contain_itself(annotation) else _unnamed(annotation)
+
+
+def _annotated(annotation: Any, metadata: Sequence[Any], steps: Path = ()) -> _Part:
+    if any(_is(Json, item) for item in metadata):  # written as one text
+        return _Part(steps, _Hidden(annotation), metadata)
+    return _Part(steps, annotation, metadata)
+
+
+def _named(origin: Any, args: Sequence[Any]) -> Iterator[_Part]:
+    variables = getattr(origin, "__type_params__", ()) or getattr(origin, "__parameters__", ())
+    replaced = dict(zip(variables, args, strict=False))
+    parts = [_Part((), _value_of(origin))] if isinstance(origin, _ALIASES) else _fields(origin)
+    for part in parts:
+        yield part._replace(annotation=_substituted(part.annotation, replaced))
+
+
+def _unnamed(annotation: Any) -> Iterable[_Part]:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, _Hidden):
+        return [_Part((_UNREACHED,), annotation.annotation)]
+    if isinstance(annotation, NewType):
+        return [_Part((), annotation.__supertype__)]
+    if isinstance(annotation, TypeVar):
+        return [_Part((), one) for one in (annotation.__bound__, *annotation.__constraints__) if one is not None]
+    if _is_kind(origin, tuple) and args[-1:] != (Ellipsis,) and not any(_is_unpacked(item) for item in args):
+        return [_Part((place,), item) for place, item in enumerate(args)]
+    if _is_kind(origin, Mapping):
+        return [_Part((_UNREACHED,), args[0]), *(_Part((EACH,), item) for item in args[1:])]
+    if _is_kind(origin, Collection) or origin is typing.get_origin(Iterable[Any]):
+        # What is unpacked into a tuple has items of its own.
+        return [_Part(() if _is_unpacked(item) else (EACH,), item) for item in args if item is not Ellipsis]
+    return []
+
+
+def _is_unpacked(annotation: Any) -> bool:
+    return get_origin(annotation) in _UNPACKED or getattr(annotation, "__unpacked__", False)
+
+
+def _is_kind(origin: Any, kind: type) -> bool:
+    return isinstance(origin, type) and issubclass(origin, kind)
+
+
+def _value_of(alias: Any) -> Any:
+    def holder() -> None: ...
+
+    holder.__annotations__ = {"value": alias.__value__}
+    module = vars(sys.modules.get(alias.__module__, typing))
+    names = {alias.__name__: alias}
+    return typing_extensions.get_type_hints(holder, globalns=module, localns=names, include_extras=True)["value"]
+
+
+def _substituted(annotation: Any, replaced: Mapping[Any, Any]) -> Any:
+    if isinstance(annotation, TypeVar):
+        return replaced.get(annotation, annotation)
+    wanted = () if isinstance(annotation, type) else getattr(annotation, "__parameters__", ())
+    if not replaced or not wanted:
+        return annotation
+    return annotation[tuple(replaced.get(one, one) for one in wanted)]
+
+
+# Fields
+
+
+def _has_fields(kind: type) -> bool:
+    return (
+        issubclass(kind, BaseModel)
+        or is_dataclass(kind)
+        or _is_named_tuple(kind)
+        or typing_extensions.is_typeddict(kind)
+    )
+
+
+def _is_named_tuple(kind: type) -> bool:
+    return issubclass(kind, tuple) and hasattr(kind, "_fields")
+
+
+def _fields(kind: Any) -> list[_Part]:
+    if issubclass(kind, BaseModel):
+        return _fields_of_model(kind)
+    if "__pydantic_fields__" in vars(kind):  # a dataclass of pydantic's
+        known = vars(kind)["__pydantic_fields__"]
+        return [_annotated(known[name].annotation, known[name].metadata, (name,)) for name in _names(kind)]
+    hints = _hints(kind)
+    if is_dataclass(kind):
+        return [_Part((name,), hints[name]) for name in _names(kind)]
+    if _is_named_tuple(kind):  # written as a list
+        return [_Part((place,), hints.get(name)) for place, name in enumerate(kind._fields)]
+    return [_Part((name,), hint) for name, hint in hints.items()]
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]  # without what its `__init__` takes only
+
+
+def _fields_of_model(kind: type[BaseModel]) -> list[_Part]:
+    if not kind.__pydantic_complete__:  # it spoke of what was not there yet
+        kind.model_rebuild(raise_errors=False)
+    is_root = issubclass(kind, RootModel)
+    return [
+        _annotated(field.annotation, field.metadata, () if is_root else (name,))
+        for name, field in kind.model_fields.items()
+    ]
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    try:
+        return typing_extensions.get_type_hints(kind, include_extras=True)
+    except NameError:  # a class of a function's, which may speak of itself
+        names = {**vars(kind), kind.__name__: kind}
+        return typing_extensions.get_type_hints(kind, localns=names, include_extras=True)
