@@ -9,14 +9,16 @@ import traceback
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
-from celery.exceptions import Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.saferepr import saferepr
 from celery.utils.serialization import get_pickleable_exception
 from celery.utils.time import maybe_iso8601
 
 from celerykit.call import Later
 from celerykit.dead_letters import error_fingerprint
+from celerykit.errors import DuplicateCall
 from celerykit.headers import Attempt, Headers
+from celerykit.idempotency import Waiting
 from celerykit.publishing import FAILURES
 from celerykit.retry import DROPPED
 
@@ -43,12 +45,18 @@ def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
     """
     if request.is_eager and later.kind == "snooze" and len(header.ledger) >= _MOST_EAGER_SNOOZES:
         # Nothing that it waits for can happen meanwhile.
-        raise cast("Any", later.error)
+        raise cast("Any", later.error or later)
+    if request.is_eager and isinstance(later, Waiting):
+        raise DuplicateCall(
+            f"{task.name}: call {later.joined} has the same key and has not ended; run in place, it never would.",
+            str(header.key),
+            str(later.joined),
+        )
     signature = task.signature_from_request(
         request,
         countdown=later.delay,
-        retries=request.retries + 1,
-        headers=headers_of_next(request, header, later.attempt, outcome=later.kind, error=later.error),
+        retries=request.retries + (not isinstance(later, Waiting)),
+        headers=_headers_of(request, header, later),
         queue=header.queue,
         **descriptions(task, request),
     )
@@ -58,6 +66,9 @@ def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
             signature.apply_async()
         except Exception as error:  # noqa: BLE001  (which of them it is, is looked at)
             raise not_sent(error) from later.error
+    if isinstance(later, Waiting) and later.joined in (None, request.id):
+        # Its state is another run's to tell.
+        raise Ignore
     raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=signature) from None
 
 
@@ -69,14 +80,27 @@ def not_sent(error: Any) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(f"the retry could not be sent: {error}")
 
 
+def _headers_of(request: Any, header: Headers, later: Later) -> dict[str, Any]:
+    if not isinstance(later, Waiting):
+        return headers_of_next(request, header, later.attempt, outcome=later.kind, error=later.error)
+    # Nothing ran: it is the same turn, and no row in the ledger.
+    return replace(header, joined=later.joined).added_to(_kept(request))
+
+
 def headers_of_next(
     request: Any, header: Headers, attempt: int, *, outcome: str, error: BaseException | None
 ) -> dict[str, Any]:
     """Give the headers of the next message, with a row for this run in the ledger."""
     row = _row(request, header, outcome, error)
-    # Where a broker marks a message as redelivered among its headers, a retry is a new one.
-    kept = {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
-    return replace(header, attempt=attempt, due_at=None, ledger=(*header.ledger, row)).added_to(kept)
+    following = replace(
+        header, attempt=attempt, due_at=None, ledger=(*header.ledger, row), turn=header.turn + 1, joined=None
+    )
+    return following.added_to(_kept(request))
+
+
+def _kept(request: Any) -> dict[str, Any]:
+    # Where a broker marks a message as redelivered among its headers, what is sent again is a new one.
+    return {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
 
 
 def _row(request: Any, header: Headers, outcome: str, error: BaseException | None) -> Attempt:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -32,7 +32,7 @@ from celery.fixups.django import DjangoFixup
 from celery.loaders.app import AppLoader
 from kombu.transport import TRANSPORT_ALIASES
 
-from celerykit import bulk
+from celerykit import bulk, claiming
 from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
@@ -40,8 +40,10 @@ from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.deadline import within
 from celerykit.errors import InvalidOptions
+from celerykit.idempotency import Once
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options
+from celerykit.renewal import Renewal
 from celerykit.result import GroupResult, Result, ResultSet
 from celerykit.retry import Retry
 from celerykit.settings import load, settle
@@ -77,6 +79,9 @@ class TaskOptions(TypedDict, total=False):
     strict: bool
     retry: Retry | None
     on_crash: Literal["rerun", "bury"]
+    once: Once | None
+    remember: bool
+    on_store_down: Literal["run", "retry", "fail"]
     shared: bool
     lazy: bool
     filter: Callable[[Any], Any]
@@ -260,6 +265,16 @@ class CeleryKit(celery.Celery):
         tls = conf.redis_backend_use_ssl if url in backend and url not in broker else conf.broker_use_ssl
         return url, tls if isinstance(tls, Mapping) else None
 
+    @cached_property
+    def eager_store(self) -> Store:
+        """Where calls that run in place keep what others keep in `store`: in this process."""
+        return open_store("memory://", timeout=_STORE_TIMEOUT)
+
+    @cached_property
+    def renewal(self) -> Renewal:
+        """The one timer of this process that keeps leases."""
+        return Renewal(lambda: self.settings.kit.lease.total_seconds())
+
     # Tasks
 
     if TYPE_CHECKING:
@@ -310,6 +325,11 @@ class CeleryKit(celery.Celery):
         if getattr(task, "contract", None) is not None:
             args, kwargs, options = cast("Any", task).prepare(args, kwargs, options)
             options.setdefault("result_cls", cast("Any", task).AsyncResult)
+            if claiming.is_claimed_when_sent(task, options):
+                return claiming.send(task, options, partial(self._send_task, name, args, kwargs))
+        return self._send_task(name, args, kwargs, options)
+
+    def _send_task(self, name: str, args: Any, kwargs: Any, options: Any) -> Any:
         if options.get("countdown") or options.get("eta"):
             options = due_soon(options, now=self.now())
         with sending(self, name):
@@ -423,10 +443,8 @@ def _declared(
     if name.startswith("celery."):
         return options
     _check_options(name, options)
-    if "retry" in options:
-        # As an attribute of the task, which Celery makes of every option, it would hide `Task.retry`.
-        options = {**options, "retry_policy": options["retry"]}
-        del options["retry"]
+    # As attributes of the task, which Celery makes of every option, they would hide `Task.retry`, and read badly.
+    options = {_KEPT_AS.get(option, option): value for option, value in options.items()}
     base = options.get("base")
     if base is not None and not issubclass(base, Task):
         # A base class written for stock Celery keeps its say, in front of ours.
@@ -446,6 +464,10 @@ def _declared(
         # Something that is defined further down: it is there when the task is first used, and built then.
         return options
     return {**options, "contract": contract}
+
+
+#: Under which name an option is an attribute of its task.
+_KEPT_AS = {"retry": "retry_policy", "once": "once_policy"}
 
 
 def _check_options(task: str, options: Mapping[str, Any]) -> None:
@@ -473,6 +495,10 @@ def _check_policies(task: str, options: Mapping[str, Any]) -> None:
         raise InvalidOptions(f"{task}: retry takes the place of {' and '.join(rivals)}; leave one of them out.")
     if on_crash not in ("rerun", "bury"):
         raise InvalidOptions(f"{task}: on_crash must be 'rerun' or 'bury', got {on_crash!r}.")
+    if not isinstance(options.get("once"), Once | None):
+        raise InvalidOptions(f"{task}: once must be a Once, such as Once(); got {type(options['once']).__name__}.")
+    if (down := options.get("on_store_down", "retry")) not in ("run", "retry", "fail"):
+        raise InvalidOptions(f"{task}: on_store_down must be 'run', 'retry' or 'fail', got {down!r}.")
     if on_crash == "bury" and options.get("acks_late") is False:
         raise InvalidOptions(f"{task}: on_crash='bury' needs late acks; leave acks_late=False out.")
 

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from celery.utils import uuid
 
+from celerykit import claiming
 from celerykit.canvas import Signature
 from celerykit.deadline import leaving
 from celerykit.errors import InvalidOptions, InvalidPayload
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from celerykit.result import Result
 
 __all__ = ["Arguments", "PartlySent", "Unsent", "enqueue", "of_signatures", "of_task"]
+
+T = TypeVar("T")
 
 #: The arguments of one call: by position, or by name.
 Arguments: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
@@ -115,10 +118,38 @@ def enqueue(app: CeleryKit, unsent: Iterable[Unsent]) -> list[Result[Any]]:
     calls = [_checked(index, call) for index, call in enumerate(unsent)]
     progress = _Progress(total=len(calls))
     how = _How(app)
-    with _telling(app, progress), app.producer_or_acquire() as producer:
-        for batch in _in_batches(calls):
-            _publish(app, producer, batch, progress, how)
+    with _claiming(calls, progress) as (to_send, duplicates):
+        with _telling(app, progress), app.producer_or_acquire() as producer:
+            for batch in _in_batches(to_send):
+                _publish(app, producer, batch, progress, how)
+        for index, result in duplicates.items():  # in ascending order
+            progress.sent.insert(index, result)
     return progress.sent
+
+
+@contextmanager
+def _claiming(calls: list[Unsent], progress: _Progress) -> Iterator[tuple[list[Unsent], dict[int, Result[Any]]]]:
+    """
+    Claim the keys of those calls that have one, and take back the claims of what was not sent in the block.
+
+    Gives what is to be sent, and by their places the results of what is not.
+    """
+    places = [place for place, call in enumerate(calls) if claiming.is_claimed_when_sent(call.task, call.options)]
+    claimed: dict[int, claiming.Claimed] = {}
+    for some in _in_batches(places):
+        told = claiming.claim_all([(calls[place].task, calls[place].options) for place in some], before=claimed)
+        claimed |= zip(some, told, strict=True)
+    to_send = [
+        call if place not in claimed else call._replace(options=claimed[place].options or {})
+        for place, call in enumerate(calls)
+        if place not in claimed or claimed[place].options is not None
+    ]
+    try:
+        yield to_send, {place: one.result for place, one in claimed.items() if one.result is not None}
+    except BaseException:
+        gone = {result.id for result in (*progress.sent, *progress.uncertain)}
+        claiming.take_back([one for one in claimed.values() if one.id not in gone])
+        raise
 
 
 def _checked(index: int, call: Unsent) -> Unsent:
@@ -158,7 +189,7 @@ def _publish(app: CeleryKit, producer: Any, batch: list[Unsent], progress: _Prog
 def _publish_one(producer: Any, call: Unsent, progress: _Progress, how: _How) -> None:
     options = {"task_id": uuid(), **how.options(call), **call.options, "producer": producer}
     try:
-        progress.sent.append(call.task.send_prepared(call.args, call.kwargs, options))
+        progress.sent.append(call.task.publish_prepared(call.args, call.kwargs, options))
     except UnreachableBroker as error:
         if error.may_have_been_sent:
             progress.uncertain = [call.task.AsyncResult(options["task_id"])]
@@ -170,7 +201,7 @@ def _publish_together(app: CeleryKit, producer: Any, batch: list[Unsent], progre
     with producer.batch(max_size=_BATCH + 1) as together:
         # What is put aside is not on its way yet, so there is nothing to try again.
         aside = [
-            call.task.send_prepared(
+            call.task.publish_prepared(
                 call.args, call.kwargs, {**how.options(call), **call.options, "producer": producer, "retry": False}
             )
             for call in batch
@@ -184,7 +215,7 @@ def _publish_together(app: CeleryKit, producer: Any, batch: list[Unsent], progre
     progress.sent += aside
 
 
-def _in_batches(calls: list[Unsent]) -> Iterator[list[Unsent]]:
+def _in_batches(calls: list[T]) -> Iterator[list[T]]:
     rest = iter(calls)
     while batch := list(islice(rest, _BATCH)):
         yield batch

@@ -41,7 +41,13 @@ class Call:
             JSON values outside of `validated`, typed ones inside.
 
         policies:
-            What the task was declared with: ``retry`` and ``on_crash``.
+            What the task was declared with: ``retry``, ``on_crash``, ``once``, …
+
+        token:
+            Drawn for this run: a redelivery has the same id and attempt.
+
+        in_chord:
+            Whether a chord waits for it.
     """
 
     task: str
@@ -52,6 +58,8 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     policies: Mapping[str, Any] = field(default_factory=dict)
+    token: str = ""
+    in_chord: bool = False
 
 
 class Outcome(Exception):
@@ -74,14 +82,20 @@ class Later(Outcome):
             Which attempt that will be; a snooze does not count as one.
 
         kind:
-            ``retry`` after an error, ``snooze`` when the task asked for it.
+            ``retry`` after an error, ``snooze`` when the task asked for it,
+            ``wait`` when another call comes first.
 
         error:
             Why.
     """
 
     def __init__(
-        self, delay: float, *, attempt: int, kind: Literal["retry", "snooze"], error: BaseException | None = None
+        self,
+        delay: float,
+        *,
+        attempt: int,
+        kind: Literal["retry", "snooze", "wait"],
+        error: BaseException | None = None,
     ) -> None:
         super().__init__(delay, attempt, kind)
         self.delay = delay
@@ -97,11 +111,27 @@ class Stopped(Outcome):
     Attributes:
         by:
             Which.
+
+        how:
+            What it did: it was sent again already, its id goes on with another
+            task, it goes back to its queue, it is refused, or nothing is said
+            of it.
+
+        delay:
+            Seconds until it runs again, if it does.
     """
 
-    def __init__(self, by: BaseException) -> None:
+    def __init__(
+        self,
+        by: BaseException,
+        *,
+        how: Literal["retried", "replaced", "handed back", "rejected", "ignored"] = "ignored",
+        delay: float = 0.0,
+    ) -> None:
         super().__init__(by)
         self.by = by
+        self.how = how
+        self.delay = delay
 
 
 #: What a step calls to go on: the next step, or in the end the task's function.

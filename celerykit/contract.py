@@ -88,6 +88,11 @@ class Contract:
         return f"<Contract of {self.task}>"
 
     @property
+    def types(self) -> Mapping[str, Any]:
+        """The types of the parameters that have one."""
+        return self._fields.types
+
+    @property
     def returns_nothing(self) -> bool:
         """Whether the task says that it has no result (``-> None``)."""
         return self.returns in NOTHING

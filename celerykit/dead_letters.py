@@ -405,7 +405,7 @@ def rewritten(
     return replace(
         letter,
         body=encode(body).encode(),
-        headers=replace(Headers.of(headers), contract=contract).added_to(headers),
+        headers=replace(Headers.of(headers), contract=contract, call=None).added_to(headers),
         content_type="application/json",
         content_encoding="utf-8",
     )
@@ -531,6 +531,8 @@ def repaired(letter: Letter, *, now: float, nonce: str, new_id: str | None = Non
         ledger=letter.note.ledger or Headers.of(headers).ledger,
         replay=letter.note.replay + 1,
         replayed_by=f"{letter.id}/{nonce}",
+        turn=0,
+        joined=None,
     )
     return Outgoing(
         body=_body_of_first_protocol(letter, changes, now) if first_protocol else _without_chord(letter),

@@ -6,6 +6,8 @@ Every error celerykit raises, in one tree.
     ├── InvalidPayload      arguments do not fit a task's contract
     ├── InvalidOptions      options a task cannot be declared or sent with
     ├── EnqueueError        the broker did not take a message
+    ├── DuplicateCall       a call's key is another one's
+    ├── KeyConflict         a call has the key of another one, and other arguments
     ├── ResultMismatch      a value is not of the task's return type
     ├── ResultNotStored     a result was asked for that nobody keeps
     ├── TaskInterrupted     a task raised what would have ended its process
@@ -27,11 +29,13 @@ from typing import Any
 
 __all__ = [
     "CelerykitError",
+    "DuplicateCall",
     "EnqueueError",
     "InvalidContract",
     "InvalidOptions",
     "InvalidPayload",
     "InvalidSettings",
+    "KeyConflict",
     "LetterNotFound",
     "LettersLocked",
     "ResultMismatch",
@@ -90,6 +94,32 @@ class EnqueueError(CelerykitError):
     What is raised is also a ``kombu.exceptions.OperationalError``, which is
     what callers of Celery catch.
     """
+
+
+class DuplicateCall(CelerykitError):
+    """
+    A call's key is another one's, and the task says that this is an error.
+
+    Attributes:
+        key:
+            As ``celerykit keys`` shows it.
+
+        first:
+            The id of the call that has it.
+    """
+
+    def __init__(self, message: str, key: str = "", first: str = "") -> None:
+        # A result backend stores `args`, and builds the error again from them.
+        super().__init__(message, key, first)
+        self.key = key
+        self.first = first
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class KeyConflict(DuplicateCall):
+    """A call has the key of another one, and other arguments: one of them is wrong, and nobody can tell which."""
 
 
 class ResultMismatch(CelerykitError, TypeError):

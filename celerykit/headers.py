@@ -102,6 +102,19 @@ class Headers:
 
         replayed_by:
             What tells two copies of one replay apart.
+
+        turn:
+            How often the call was put off, by a retry or a snooze, since it
+            was sent or replayed.
+
+        key:
+            The idempotency key, as the store knows it.
+
+        call:
+            The digest of the arguments that belong to the key.
+
+        joined:
+            The id of the call with the same key that this one waits for.
     """
 
     contract: str | None = None
@@ -112,6 +125,10 @@ class Headers:
     ledger: tuple[Attempt, ...] = ()
     replay: int = 0
     replayed_by: str | None = None
+    turn: int = 0
+    key: str | None = None
+    call: str | None = None
+    joined: str | None = None
 
     @classmethod
     def of(cls, message_headers: Mapping[str, Any] | None) -> Self:
@@ -129,6 +146,10 @@ class Headers:
             ledger=tuple(filter(None, map(Attempt.of, rows))) if isinstance(rows, list | tuple) else (),
             replay=_count(ours.get("replay"), least=0),
             replayed_by=_text(ours.get("replayed_by")),
+            turn=_count(ours.get("turn"), least=0),
+            key=_text(ours.get("key")),
+            call=_text(ours.get("call")),
+            joined=_text(ours.get("joined")),
         )
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -148,7 +169,7 @@ class Headers:
         facts: dict[str, Any] = {"contract": self.contract}
         if self.attempt != 1:
             facts["attempt"] = self.attempt
-        for name in ("queue", "sent_at", "due_at", "replay", "replayed_by"):
+        for name in _SAID_IF_ANY:
             if value := getattr(self, name):
                 facts[name] = value
         if self.ledger:
@@ -156,6 +177,7 @@ class Headers:
         return facts
 
 
+_SAID_IF_ANY = ("queue", "sent_at", "due_at", "replay", "replayed_by", "turn", "key", "call", "joined")
 _FACTS = {*Headers.__dataclass_fields__, "v"}
 
 

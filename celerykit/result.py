@@ -48,6 +48,13 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         self.task_name = task_name
         # Unknown, until `send_task` says so: a result made from an id does not know how the call was sent.
         self._ignored: bool | None = None
+        #: Whether the call that gave this was another one's duplicate, which was not sent; ``None`` when the store
+        #: did not answer, and a worker will find out.
+        self.duplicate: bool | None = False
+
+    def know(self, state: str, result: Any) -> None:
+        """Take *state* and *result*, as JSON or an error, for what is stored; the backend is not asked."""
+        self._cache = {"status": state, "result": result, "traceback": None, "children": []}
 
     def get(
         self,
@@ -126,6 +133,8 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
         Raises:
             ResultNotStored: The task's results are not stored.
         """
+        if cast("Any", self)._cache is not None:
+            return
         if isinstance(self.backend, DisabledBackend):
             raise ResultNotStored(
                 f"{self._what}: no result is stored, because no result backend is configured; "

@@ -10,22 +10,24 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import celery
 from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
-from celerykit import again, bulk, loops
+from celerykit import again, bulk, claiming, loops
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Headers
+from celerykit.idempotency import Claims, Once, Skipped, once
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
@@ -37,18 +39,22 @@ if TYPE_CHECKING:
 
     from celerykit.app import CeleryKit
 
-__all__ = ["FINISHED", "HANDED_BACK", "STEPS", "AsyncTask", "Task"]
+__all__ = ["FINISHED", "HANDED_BACK", "STEPS", "TOKEN", "AsyncTask", "Task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
-#: Outermost first. A user's steps come before these: they may refuse a call that was not read yet. What is not valid
-#: is not retried, so it does not come as far as the retries.
-STEPS: tuple[Step, ...] = (validated, retried)
+#: Outermost first. A user's steps come before these: they may refuse a call that was not read yet. What a key has led
+#: to is kept and given as JSON, so `once` stands outside of `validated`; and it sees final outcomes only, so `retried`
+#: stands inside of it. What is not valid is not retried, so it does not come as far as the retries.
+STEPS: tuple[Step, ...] = (once, validated, retried)
 
 #: Why a message goes back that a newer deploy may understand; beside it stands for how long it is held before.
 HANDED_BACK = "celerykit: its contract is not this worker's"
+
+#: Where a worker's parent process writes the token of a run, among what its child is told of the request.
+TOKEN = "celerykit_token"  # noqa: S105  (no secret)
 
 #: A pool's process is told to end by a `SystemExit` with such a code (billiard.common._shutdown_cleanup).
 _ENDED_BY_SIGNAL = range(-256, -191)
@@ -60,7 +66,10 @@ _MAPPERS = ("celery.map", "celery.starmap")
 _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
 # Marks on the request of a running task, beside the one in `again`; each run has a request of its own.
-_RAN, FINISHED = "celerykit_ran", "celerykit_finished"
+_RAN, FINISHED, _REPLACED, _SENT = "celerykit_ran", "celerykit_finished", "celerykit_replaced", "celerykit_sent"
+
+#: Of ids that are derived from another call's.
+_DERIVED = uuid.UUID("0d4be1b1-7d5c-5d3c-9f3c-6f0f6c2d7b61")
 
 
 class _Sign(Protocol[P, R_co]):
@@ -91,6 +100,19 @@ class Task(celery.Task[P, R], Generic[P, R]):
             What becomes of a message whose process died: ``rerun`` starts it
             again, so its effects may be repeated; ``bury`` never starts
             anything twice, and leaves it to a person.
+
+        once_policy:
+            That calls with one key take effect once; ``None`` for calls
+            without keys. Set with ``@app.task(once=Once(...))``.
+
+        remember:
+            Whether a call that has succeeded never runs again, however often
+            its message is delivered. It always is with `once_policy`.
+
+        on_store_down:
+            What becomes of a call while the store does not answer: ``run``
+            runs it, though it may be a duplicate; ``retry`` puts it off;
+            ``fail`` refuses it.
     """
 
     abstract = True
@@ -98,6 +120,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
     strict: bool = False
     retry_policy: Retry | None = None
     on_crash: Literal["rerun", "bury"] = "rerun"
+    once_policy: Once | None = None
+    remember: bool = False
+    on_store_down: Literal["run", "retry", "fail"] = "retry"
     Request = "celerykit.worker.request:Request"
 
     #: The function of an `async def` task, whose `run` waits for it.
@@ -199,7 +224,13 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """Check a call, and give what is to be sent: arguments as JSON values, and options with our header."""
         args, kwargs = self._checked(args, kwargs, options)
         options = dict(options)
-        options["headers"] = self._header(options).added_to(options.get("headers"))
+        header = self._header(options)
+        if header.key is None and (identity := claiming.identity_of(self, args, kwargs, key=options.pop("key", None))):
+            header = replace(header, key=identity.key, call=identity.call or None)
+        options.pop("key", None)
+        options["headers"] = header.added_to(options.get("headers"))
+        if derived := self._derived_id(options):
+            options["task_id"] = derived
         if options.get("chord") is not None:
             # Backends without a join of their own look for the members' results; without them a chord never ends.
             options["ignore_result"] = False
@@ -213,7 +244,28 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return replace(header, contract=contract, sent_at=header.sent_at or now)
         return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now))
 
+    def _derived_id(self, options: Mapping[str, Any]) -> str | None:
+        """
+        Give the id of a call that a finished one leads to, if that is remembered.
+
+        When it is delivered again, what it leads to is sent again, and is to be known for the same.
+        """
+        parent = self.app.current_worker_task
+        if options.get("task_id") or getattr(parent, "claims", None) is None:
+            return None
+        request = cast("Any", parent).request
+        if not hasattr(request, FINISHED):
+            return None
+        setattr(request, _SENT, getattr(request, _SENT, 0) + 1)
+        return str(uuid.uuid5(_DERIVED, f"{request.id} {self.name} {getattr(request, _SENT)}"))
+
     def send_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
+        """Send what `prepare` gave, unless it is a duplicate."""
+        if not claiming.is_claimed_when_sent(self, options):
+            return self.publish_prepared(args, kwargs, options)
+        return claiming.send(self, options, partial(self.publish_prepared, args, kwargs))
+
+    def publish_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
         """Send what `prepare` gave."""
         return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
 
@@ -315,6 +367,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
         options |= zip(("link", "link_error", "task_id", "retries", "throw"), positional, strict=False)
         if self.contract is not None:
             args, kwargs = self._checked(args, kwargs, options)
+            if identity := claiming.identity_of(self, args, kwargs, key=options.pop("key", None)):
+                header = replace(Headers.of(options.get("headers")), key=identity.key, call=identity.call or None)
+                options["headers"] = header.added_to(options.get("headers"))
         return EagerResult.of(super().apply(cast("Any", args), cast("Any", kwargs), **options), self.contract)
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> Result[R]:  # noqa: N802  (Celery's name)
@@ -390,6 +445,11 @@ class Task(celery.Task[P, R], Generic[P, R]):
         except Reject as error:
             raise again.not_sent(cast("Any", error).reason) from error
 
+    def replace(self, sig: Any) -> Any:
+        """Go on with another task in place of this one, under the same id, as Celery's ``replace`` does."""
+        setattr(self.request, _REPLACED, True)
+        return super().replace(sig)
+
     # In
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -410,6 +470,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return cast("R", self._pipeline(call))
         except Stopped as stopped:
             raise stopped.by from None
+        except Skipped as skipped:
+            self._revoke(request, skipped.why)
         except Later as later:
             again.send(self, request, call.headers, later)
         except Snooze as snooze:  # raised by a step of the user's, which stands outside of ours
@@ -429,6 +491,13 @@ class Task(celery.Task[P, R], Generic[P, R]):
             raise
         finally:
             setattr(request, FINISHED, True)
+
+    def _revoke(self, request: Any, why: str | None) -> NoReturn:
+        """End a call that does nothing; tell who waits for it, if *why* is given."""
+        if why and not request.is_eager:
+            stores = not request.ignore_result or self.store_errors_even_if_ignored
+            self.backend.mark_as_revoked(request.id, why, request=request, store_result=stores)
+        raise Ignore(cast("Any", why)) from None
 
     def _hand_back_to_newer(self, call: Call) -> None:
         """Hand a payload back that does not fit here, but may fit a newer deploy, while that is coming up."""
@@ -461,8 +530,25 @@ class Task(celery.Task[P, R], Generic[P, R]):
             contract=self._contract,
             args=tuple(args),
             kwargs=kwargs,
-            policies={"retry": self.retry_policy, "on_crash": self.on_crash},
+            policies={
+                "retry": self.retry_policy,
+                "on_crash": self.on_crash,
+                "once": self.eager_claims if request.is_eager else self.claims,
+                "on_store_down": self.on_store_down,
+            },
+            token=getattr(request, TOKEN, "") or "",
+            in_chord=bool(request.chord),
         )
+
+    @cached_property
+    def claims(self) -> Claims | None:
+        """What claims the keys of this task's calls."""
+        return claiming.claims_of(self)
+
+    @cached_property
+    def eager_claims(self) -> Claims | None:
+        """The same for calls that run in place, whose keys are this process's."""
+        return claiming.claims_of(self, eagerly=True)
 
     @cached_property
     def _pipeline(self) -> Next:
@@ -476,11 +562,18 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 return loops.in_thread(partial(self._run_with, self.request, run))
             return run()
         except (StockRetry, Ignore, Reject) as control:
-            raise Stopped(control) from None
+            raise self._stopped(control) from None
         except (SystemExit, KeyboardInterrupt, MemoryError) as interruption:
             if _is_told_to_end(interruption):
                 raise
             raise TaskInterrupted(f"{self.name} raised {interruption!r}") from interruption
+
+    def _stopped(self, control: Any) -> Stopped:
+        if isinstance(control, StockRetry):
+            return Stopped(control, how="retried", delay=float(_countdown(control)))
+        if isinstance(control, Reject):
+            return Stopped(control, how="handed back" if cast("Any", control).requeue else "rejected")
+        return Stopped(control, how="replaced" if hasattr(self.request, _REPLACED) else "ignored")
 
     def _run_with(self, request: Any, run: Callable[[], Any]) -> Any:
         # Celery keeps the running request by thread.
@@ -497,6 +590,13 @@ class Task(celery.Task[P, R], Generic[P, R]):
     @property
     def _kit(self) -> CeleryKit:
         return cast("CeleryKit", self.app)
+
+
+def _countdown(retry: StockRetry) -> float:
+    when: Any = retry.when
+    if isinstance(when, datetime):
+        when = (when - datetime.now(when.tzinfo)).total_seconds()
+    return max(0.0, when or 0.0)
 
 
 def _due_at(options: Mapping[str, Any], now: float) -> float | None:

@@ -26,6 +26,7 @@ class SendOptions(TypedDict, total=False):
     eta: datetime
     expires: float | datetime
     task_id: str
+    key: Any
     queue: Any
     exchange: Any
     routing_key: str

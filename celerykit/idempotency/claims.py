@@ -1,0 +1,456 @@
+"""
+Makes the moves of one task's claims, in a store.
+
+Each is one round trip when things are as they mostly are: what stands under the
+key is guessed, and compared by the store. If it is something else, the store
+says what, and it is decided anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
+from uuid import uuid4
+
+from celerykit.errors import StoreUnavailable
+from celerykit.idempotency.claim import Answer, Claim, Event, State, Turn, after, on_send, on_start, version
+from celerykit.idempotency.keys import Identity, Keys, key_by_id
+from celerykit.idempotency.policy import Once
+from celerykit.stores import Hold, New, Record, Store, Swap
+
+__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "send_all"]
+
+log = logging.getLogger(__name__)
+
+#: Seconds after which a call that should be in its queue is sent once more by whoever joins it.
+_SENT_ANEW_AFTER = 60.0
+
+#: How often a move is decided anew because the claim has changed meanwhile.
+_MOST_ROUNDS = 20
+
+#: What follows when the run that has the key is gone.
+_AFTER_A_RUN = (Answer.GO, Answer.BURY)
+
+#: Seconds between tries to record what a run has achieved.
+_PAUSES = (0.1, 0.5, 1.0, 2.0)
+
+T = TypeVar("T")
+
+
+class Renewing(Protocol):
+    """Keeps leases while a block runs."""
+
+    def holding(self, store: Store, hold: Hold) -> AbstractContextManager[None]:
+        """Keep one."""
+        ...
+
+
+class Run(NamedTuple):
+    """A claim that this run holds."""
+
+    key: str
+    claim: Claim
+
+
+class Sending(NamedTuple):
+    """
+    What becomes of a call that is sent.
+
+    Attributes:
+        claim:
+            What is found under its key, or its own; ``None`` when the store did not answer.
+    """
+
+    answer: Answer
+    claim: Claim | None
+
+
+class Starting(NamedTuple):
+    """What becomes of a message, and the claim that was found, or that it runs with."""
+
+    answer: Answer
+    run: Run
+
+
+class Kept(NamedTuple):
+    """A result that the result backend has, as JSON."""
+
+    result: Any
+
+
+class Asked(NamedTuple):
+    """
+    A call that is to be sent.
+
+    Attributes:
+        delay, until:
+            Seconds from now: when it is to start, and when it expires, if it does.
+    """
+
+    claims: Claims
+    identity: Identity
+    id: str
+    delay: float = 0.0
+    until: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Claims:
+    """
+    The claims of one task.
+
+    Attributes:
+        keys:
+            ``None`` when calls are remembered by their ids.
+
+        store, lease:
+            Give them; they are known when the app is configured.
+
+        may_rerun:
+            Whether a call that was interrupted may start again.
+
+        encode, decode:
+            Write and read results as JSON, as the app does.
+
+        succeeded:
+            Looks for the stored result of a call, by its id.
+    """
+
+    task: str
+    policy: Once
+    keys: Keys | None
+    store: Callable[[], Store]
+    lease: Callable[[], float]
+    renewal: Renewing
+    may_rerun: bool
+    encode: Callable[[Any], str]
+    decode: Callable[[str], Any]
+    succeeded: Callable[[str], Kept | None]
+
+    def identify(
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        id: str | None,  # noqa: A002  (Celery's name)
+        key: Any = None,
+    ) -> Identity:
+        """
+        Give the identity of a call.
+
+        Raises:
+            InvalidPayload: The arguments do not fit.
+
+            InvalidOptions: The key cannot be one.
+        """
+        return self.keys.identify(args, kwargs, key=key) if self.keys else key_by_id(self.task, str(id))
+
+    # A caller's
+
+    def send(self, asked: Asked) -> Sending:
+        """
+        Claim a call's key, or tell who has it.
+
+        Raises:
+            StoreUnavailable: Nobody knows.
+        """
+        return send_all([asked])[0]
+
+    def take_back(self, identity: Identity, call_id: str) -> None:
+        """Free the key of a call that could not be sent. If the store is away, nothing: it frees itself."""
+        expected = version(State.CLAIMED, call_id, Turn())
+        try:
+            self.store().swap(Swap(_name(identity.key), expected, None))
+        except StoreUnavailable as error:
+            log.warning("claim.not_taken_back key=%s id=%s: %s", identity.key, call_id, error)
+
+    def decide_send(self, asked: Asked, record: Record | None) -> tuple[Answer, Claim | None, New | None]:
+        """Tell what becomes of a call, and what is to be written."""
+        found = _claim_in(record)
+        answer = on_send(
+            found,
+            is_lapsed=_is_lapsed(record),
+            call=asked.identity.call,
+            policy=self.policy,
+            may_rerun=self.may_rerun,
+        )
+        if answer is Answer.GO:
+            claim = self.claimed(asked, found)
+            return answer, claim, self._sent(claim, asked)
+        if answer is Answer.SEND_AGAIN and found is not None:
+            claim = found.moved(Event.SEND_AGAIN)
+            return answer, claim, self._sent(claim, asked)
+        return answer, found, None
+
+    def claimed(self, asked: Asked, found: Claim | None) -> Claim:
+        """Give the claim of a call that is sent."""
+        state = after(found.state if found else None, Event.SEND)
+        return Claim(
+            state=State(str(state)),
+            id=asked.id,
+            task=self.task,
+            call=asked.identity.call,
+            since=time.time(),
+            keep=self.policy.keep,
+        )
+
+    def _sent(self, claim: Claim, asked: Asked) -> New:
+        lease = asked.delay + _SENT_ANEW_AFTER
+        lives = max(asked.delay, asked.until or 0.0, _SENT_ANEW_AFTER)
+        return New(claim.version, claim.data(), ttl=lives + self.policy.keep, lease=lease)
+
+    def first(self, asked: Asked) -> Swap:
+        """Give the swap for a key that is free."""
+        return Swap(_name(asked.identity.key), None, self._sent(self.claimed(asked, None), asked))
+
+    # A worker's
+
+    def start(
+        self,
+        identity: Identity,
+        id: str,  # noqa: A002  (Celery's name)
+        turn: Turn,
+        *,
+        token: str,
+        joined: str | None,
+        was_sent: bool,
+    ) -> Starting:
+        """
+        Take the claim of a message that is to run, or tell what becomes of it.
+
+        Args:
+            joined:
+                The id of the call it has waited for.
+
+            was_sent:
+                Whether its key was probably claimed when it was sent.
+
+        Raises:
+            StoreUnavailable: Nobody knows.
+        """
+        name = _name(identity.key)
+        running = Claim(
+            state=State.RUNNING,
+            id=id,
+            turn=turn,
+            token=token or uuid4().hex,
+            task=self.task,
+            call=identity.call,
+            since=time.time(),
+            keep=self.policy.keep,
+        )
+        new = self._running(running)
+        expected = version(State.WAITING if turn.number else State.CLAIMED, id, turn) if was_sent else None
+        is_taken_over = False
+        for _ in range(_MOST_ROUNDS):
+            [swapped] = self.store().swap(Swap(name, expected, new, lapsed=is_taken_over))
+            if swapped.done:
+                return Starting(Answer.GO, Run(name, running))
+            found = _claim_in(swapped.found)
+            expected = swapped.found.version if swapped.found else None
+            answer = on_start(
+                found,
+                is_lapsed=_is_lapsed(swapped.found),
+                id=id,
+                turn=turn,
+                call=identity.call,
+                joined=joined,
+                policy=self.policy,
+                may_rerun=self.may_rerun,
+            )
+            # A run may be taken over if it was not renewed in the meantime; its own next turn may start at once.
+            is_taken_over = _is_running(found) and answer in _AFTER_A_RUN and not (found.id == id and turn > found.turn)
+            if found is not None and self._was_done(name, found, is_gone=is_taken_over):
+                continue
+            if answer is not Answer.GO:
+                return Starting(answer, Run(name, found or running))
+            after(found.state if found else None, Event.START)
+        raise _changes_too_fast(identity)
+
+    def _was_done(self, name: str, found: Claim, *, is_gone: bool) -> bool:
+        """
+        Record that a call has succeeded which could not say so itself, if its result says that it has.
+
+        Its process died, or the store was away; or another task went on with its id.
+        """
+        has_gone_on = found.state is State.WAITING and found.resume is None
+        kept = self.succeeded(found.id) if is_gone or has_gone_on else None
+        if kept is None:
+            return False
+        run = Run(name, found)
+        done = found.moved(Event.FINISH, since=time.time(), outcome=self._written(run, kept.result))
+        self.store().swap(Swap(name, found.version, New(done.version, done.data(), ttl=self.policy.keep)))
+        return True
+
+    def _running(self, claim: Claim) -> New:
+        lease = self.lease()
+        return New(claim.version, claim.data(), ttl=lease + self.policy.keep, lease=lease)
+
+    def holding(self, run: Run) -> AbstractContextManager[None]:
+        """Keep a running claim while the block runs."""
+        lease = self.lease()
+        hold = Hold(run.key, run.claim.version, lease, lease + self.policy.keep)
+        return self.renewal.holding(self.store(), hold)
+
+    def finish(self, run: Run, result: Any) -> None:
+        """
+        Record what a run has returned. The effect is there, so this raises nothing.
+
+        Tries for a few seconds; then it is logged that nobody knows.
+        """
+        done = run.claim.moved(Event.FINISH, since=time.time(), outcome=self._written(run, result))
+        self._record(run, New(done.version, done.data(), ttl=self.policy.keep))
+
+    def fail(self, run: Run, error: BaseException) -> None:
+        """Record that a run has failed for good, which frees the key."""
+        failed = run.claim.moved(Event.FAIL, since=time.time(), outcome=type(error).__name__)
+        self._record(run, New(failed.version, failed.data(), ttl=self.policy.keep))
+
+    def put_off(self, run: Run, *, delay: float, resume: Mapping[str, Any] | None) -> None:
+        """
+        Record that the call is to run again, before that is sent.
+
+        Args:
+            resume:
+                How to send it, should this process die before it has; ``None``
+                when it was sent already.
+        """
+        waiting = run.claim.moved(Event.PUT_OFF, turn=run.claim.turn.next(), token="", since=time.time(), resume=resume)
+        ttl = delay + max(self.policy.keep, _SENT_ANEW_AFTER)
+        self._record(run, New(waiting.version, waiting.data(), ttl=ttl, lease=delay + _SENT_ANEW_AFTER))
+
+    def release(self, run: Run) -> None:
+        """Free the key of a run that ended without an outcome."""
+        after(run.claim.state, Event.RELEASE)
+        self._record(run, None)
+
+    def give_up(self, run: Run) -> None:
+        """Let the lease of a run go that was cut off: its message goes back, and may start at once."""
+        self.abandon(run.key, run.claim.version)
+
+    def _record(self, run: Run, new: New | None) -> None:
+        swap = Swap(run.key, run.claim.version, new)
+        found = self._patiently(lambda: self.store().swap(swap)[0], run)
+        if found is None or found.done:
+            return
+        claim = _claim_in(found.found)
+        if new is None or claim is None or claim.version != new.version:
+            # It ran past its lease, or was released by hand. What it did is done; nobody else's claim is touched.
+            now = claim and f"{claim.state.value} by {claim.id}"
+            log.warning("claim.lost key=%s id=%s: it is %s now", run.key, run.claim.id, now or "free")
+
+    def _patiently(self, ask: Callable[[], T], run: Run) -> T | None:
+        for pause in (*_PAUSES, None):
+            try:
+                return ask()
+            except StoreUnavailable as error:
+                if pause is None:
+                    log.error("claim.not_recorded key=%s id=%s: %s", run.key, run.claim.id, error)
+                    return None
+                time.sleep(pause)
+        return None
+
+    def _written(self, run: Run, result: Any) -> str:
+        try:
+            return self.encode(result)
+        except Exception as error:  # noqa: BLE001  (encoders raise what they like, and the effect is there)
+            log.error("claim.result_not_kept key=%s id=%s: %s", run.key, run.claim.id, type(error).__name__)
+            return ""
+
+    def result_of(self, claim: Claim) -> Any:
+        """Give the result of a claim that is done, as JSON."""
+        return self.decode(claim.outcome) if claim.outcome else None
+
+    # For whoever outlives the run
+
+    def abandon(self, key: str, of_version: str) -> None:
+        """Let a lease go. If the store is away, it lapses by itself."""
+        try:
+            self.store().renew([Hold(key, of_version, 0.0, self.policy.keep)])
+        except StoreUnavailable as error:
+            log.warning("claim.not_given_up key=%s: %s", key, error)
+
+    def end(self, key: str, id: str, turn: Turn, *, event: Event, why: str = "") -> None:  # noqa: A002
+        """
+        Move the claim of a call whose run is gone: it has failed, or is released.
+
+        Claims of others, of later turns, and such that are over stay as they are.
+        """
+        try:
+            self._end(key, id, turn, event=event, why=why)
+        except StoreUnavailable as error:
+            log.warning("claim.not_ended key=%s id=%s: %s", key, id, error)
+
+    def _end(self, key: str, id: str, turn: Turn, *, event: Event, why: str) -> None:  # noqa: A002
+        record = self.store().read(key)
+        for _ in range(_MOST_ROUNDS):
+            claim = _claim_in(record)
+            if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
+                return
+            new = None
+            if after(claim.state, event) is not None:
+                ended = claim.moved(event, since=time.time(), outcome=why)
+                new = New(ended.version, ended.data(), ttl=self.policy.keep)
+            [swapped] = self.store().swap(Swap(key, record.version, new))
+            if swapped.done:
+                return
+            record = swapped.found
+
+
+def send_all(calls: Sequence[Asked]) -> list[Sending]:
+    """
+    Claim the keys of many calls, in one round trip if all are free.
+
+    Raises:
+        StoreUnavailable: Nobody knows.
+    """
+    if not calls:
+        return []
+    store = calls[0].claims.store()
+    swapped = store.swap(*(asked.claims.first(asked) for asked in calls))
+    return [
+        Sending(Answer.GO, asked.claims.claimed(asked, None)) if one.done else _settle(store, asked, one.found)
+        for asked, one in zip(calls, swapped, strict=True)
+    ]
+
+
+def _settle(store: Store, asked: Asked, found: Record | None) -> Sending:
+    name = _name(asked.identity.key)
+    for _ in range(_MOST_ROUNDS):
+        answer, claim, new = asked.claims.decide_send(asked, found)
+        if new is None:
+            return Sending(answer, claim)
+        expected = found.version if found else None
+        [swapped] = store.swap(Swap(name, expected, new, lapsed=answer is Answer.SEND_AGAIN))
+        if swapped.done:
+            return Sending(answer, claim)
+        found = swapped.found
+    raise _changes_too_fast(asked.identity)
+
+
+def _changes_too_fast(identity: Identity) -> StoreUnavailable:
+    return StoreUnavailable(f"the claim of {identity.key} has changed {_MOST_ROUNDS} times while it was looked at.")
+
+
+def _claim_in(record: Record | None) -> Claim | None:
+    try:
+        return None if record is None else Claim.of(record.data)
+    except (ValueError, TypeError, KeyError):
+        # Nobody's: as free as if it were not there, and overwritten by its version.
+        return None
+
+
+def _is_running(claim: Claim | None) -> TypeGuard[Claim]:
+    return claim is not None and claim.state is State.RUNNING
+
+
+def _is_lapsed(record: Record | None) -> bool:
+    return record is not None and record.lease is not None and record.lease <= 0
+
+
+def _name(key: str) -> str:
+    return f"once:{key}"
