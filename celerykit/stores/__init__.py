@@ -1,8 +1,8 @@
 """
-The store: counts and marks that outlive a process.
+The store: the little state that outlives a process.
 
-It holds little, under short keys, each with a time to live. Clients are
-imported when a store of their kind is opened.
+Counts, marks, records and slots stand apart: one key may be used for each. All
+have a time to live. Clients are imported when a store of their kind is opened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from celerykit.settings import settle
 
 __all__ = ["Hold", "New", "Record", "Store", "Swap", "Swapped", "default_url", "open_store"]
 
-_REDIS = frozenset({"redis", "rediss", "redis+socket"})
+_REDIS = frozenset({"redis", "rediss", "redis+socket", "sentinel"})
 
 
 class Record(NamedTuple):
@@ -167,7 +167,11 @@ class Store(Protocol):
         ...
 
     def find(self, prefix: str) -> Iterator[tuple[str, Record]]:
-        """Walk through the records whose keys begin so, a few at a time; what changes meanwhile may be missed."""
+        """
+        Walk through the records whose keys begin so, a few at a time.
+
+        What changes meanwhile may be missed, and one record may come twice.
+        """
         ...
 
     def close(self) -> None:
@@ -175,14 +179,21 @@ class Store(Protocol):
         ...
 
 
-def open_store(url: str, *, timeout: float, prefix: str = "celerykit:", tls: Mapping[str, Any] | None = None) -> Store:
+def open_store(
+    url: str,
+    *,
+    timeout: float,
+    prefix: str = "celerykit:",
+    tls: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Store:
     """
     Return the store at *url*; nothing is connected yet.
 
     Args:
         url:
             ``redis://``, ``rediss://``, ``redis+socket:///path?virtual_host=0``,
-            the same with ``valkey``, or ``memory://``.
+            the same with ``valkey``, ``sentinel://``, or ``memory://``.
 
         timeout:
             Seconds to connect in, and to wait for an answer.
@@ -193,11 +204,13 @@ def open_store(url: str, *, timeout: float, prefix: str = "celerykit:", tls: Map
         tls:
             As in ``broker_use_ssl``, for certificates that the URL does not name.
 
+        options:
+            As in ``broker_transport_options``, for what the URL of a Sentinel does not say.
+
     Raises:
         InvalidSettings: There is no such store. The message does not repeat the URL.
     """
-    # Of several URLs, separated by semicolons, the first: a store that moves forgets what it knew.
-    url = settle(url.split(";")[0].strip(), has_tls_options=bool(tls))
+    url = settle(_used(url), has_tls_options=bool(tls))
     scheme = _scheme(url)
     if scheme == "memory":
         from celerykit.stores.memory import MemoryStore
@@ -206,18 +219,22 @@ def open_store(url: str, *, timeout: float, prefix: str = "celerykit:", tls: Map
     if scheme in _REDIS:
         from celerykit.stores.redis import RedisStore
 
-        return RedisStore(url, timeout=timeout, prefix=prefix, tls=tls or {})
-    if scheme == "sentinel":
-        raise InvalidSettings("CELERYKIT_STORE_URL: sentinel:// is not supported; give the address of a server.")
+        return RedisStore(url, timeout=timeout, prefix=prefix, tls=tls or {}, options=options or {})
     raise InvalidSettings(
-        "CELERYKIT_STORE_URL: a store is at redis://, rediss://, redis+socket:// (or the same with valkey), or memory://."
+        "CELERYKIT_STORE_URL: a store is at redis://, rediss://, redis+socket:// (or the same with valkey), "
+        "sentinel://, or memory://."
     )
 
 
 def default_url(broker: str, backend: str | None) -> str:
     """Pick the store's URL: the broker or the result backend, whichever is Redis or Valkey; else memory."""
-    urls = (url.split(";")[0].strip() for url in (broker, backend) if url)
+    urls = (_used(url) for url in (broker, backend) if url)
     return next((url for url in urls if _scheme(settle(url)) in _REDIS), "memory://")
+
+
+def _used(url: str) -> str:
+    """Return the first of several URLs: a store that moves forgets what it knew. Sentinels are asked in turn."""
+    return url.strip() if _scheme(url.strip()) == "sentinel" else url.split(";")[0].strip()
 
 
 def _scheme(url: str) -> str:

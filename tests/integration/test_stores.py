@@ -13,7 +13,7 @@ import redis
 
 from celerykit.dev.servers import Server
 from celerykit.errors import StoreUnavailable
-from celerykit.stores import Store, open_store
+from celerykit.stores import Hold, New, Store, Swap, open_store
 from tests import services
 
 
@@ -64,7 +64,12 @@ def test_keys_stay_under_their_prefix(server: Server, client: Any) -> None:
     store.add("n", ttl=1)
     store.mark("m", "x", ttl=1)
 
-    assert sorted(client.keys()) == ["shop:kit:m", "shop:kit:n"]
+    store.swap(Swap("k", None, New("v", "data", ttl=1)))
+    store.take("s", "me", limit=1, ttl=1)
+
+    keys = ["shop:kit:m", "shop:kit:n", "shop:kit:record:k", "shop:kit:slots:s"]
+    assert sorted(client.keys()) == keys
+    assert [key for key, _ in store.find("")] == ["k"]
 
 
 def test_each_call_is_one_round_trip(store: Store, client: Any) -> None:
@@ -76,9 +81,14 @@ def test_each_call_is_one_round_trip(store: Store, client: Any) -> None:
     store.mark("m", "x", ttl=1)
     store.get("m")
     store.delete("m")
+    store.read("k")
+    store.swap(*(Swap(f"k{number}", None, New("v", "data", ttl=1)) for number in range(3)))
+    store.renew([Hold(f"k{number}", "v", lease=1, ttl=1) for number in range(3)])
+    store.take("s", "me", limit=1, ttl=1)
+    store.give("s", "me")
 
     # The second look is a read itself.
-    assert client.info("stats")["total_reads_processed"] - before == 5 + 1
+    assert client.info("stats")["total_reads_processed"] - before == 10 + 1
 
 
 def test_threads_and_forked_processes_share_a_count(store: Store) -> None:
@@ -122,6 +132,15 @@ def test_a_store_that_refuses_says_so_and_not_what_it_was_asked(store: Store, cl
 
     with pytest.raises(StoreUnavailable, match=r"refused \(WRONGTYPE\)"):
         store.add("n", ttl=1)
+
+
+def test_a_refusal_among_many_swaps_tells_nothing_of_them(store: Store, client: Any) -> None:
+    client.rpush("celerykit:record:k", "a list")
+
+    with pytest.raises(StoreUnavailable, match=r"refused \(WRONGTYPE\)\.$") as caught:
+        store.swap(*(Swap(key, None, New("v", "hush", ttl=1)) for key in ("a", "k", "b")))
+
+    assert caught.value.__cause__ is None
 
 
 def test_a_wrong_password_is_not_repeated(server: Server, client: Any) -> None:

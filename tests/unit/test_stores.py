@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from celerykit.errors import InvalidSettings, StoreUnavailable
-from celerykit.stores import default_url, open_store
+from celerykit.stores import Hold, New, Swap, default_url, open_store
 from celerykit.stores.memory import MemoryStore
 from celerykit.stores.redis import RedisStore
 from tests import services
@@ -111,6 +111,55 @@ def test_a_forked_process_has_a_memory_of_its_own(store: MemoryStore, monkeypatc
     assert store.add("n", ttl=60) == 1
 
 
+# Records and slots (what they do is in tests/integration/test_stores_conformance.py and test_stores_model.py)
+
+
+def claim(key: str, *, ttl: float = 10) -> Swap:
+    return Swap(key, None, New("v", "data", ttl=ttl))
+
+
+def test_a_record_never_goes_before_its_time_to_make_room(clock: Clock) -> None:
+    store = MemoryStore(clock=clock, most=10)
+    store.swap(*(claim(f"k{number}", ttl=10 + number) for number in range(10)))
+
+    with pytest.raises(StoreUnavailable, match="10 keys"):
+        store.swap(claim("one too many"))
+
+    assert store.renew([Hold("k0", "v", lease=1, ttl=10)]) == [True]
+    clock.now = 10
+    store.swap(claim("there is room again"))
+    assert len(list(store.find(""))) == 10
+
+
+def test_a_slot_never_goes_before_its_time_to_make_room(clock: Clock) -> None:
+    store = MemoryStore(clock=clock, most=10)
+    for number in range(10):
+        store.take(f"s{number}", "me", limit=1, ttl=10 + number)
+
+    with pytest.raises(StoreUnavailable, match="10 keys"):
+        store.take("one too many", "me", limit=1, ttl=10)
+
+    assert store.take("s0", "me", limit=1, ttl=10) == 0
+    clock.now = 11
+    assert store.take("there is room again", "me", limit=1, ttl=10) == 0
+
+
+def test_threads_never_hold_more_slots_than_there_are() -> None:
+    store = MemoryStore()
+    taken: list[int] = []
+
+    def race(number: int) -> None:
+        taken.extend(number for _ in range(50) if store.take("s", f"{number} {_}", limit=7, ttl=60) == 0)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(taken) == 7
+
+
 # URLs
 
 
@@ -123,7 +172,7 @@ def test_a_forked_process_has_a_memory_of_its_own(store: MemoryStore, monkeypatc
         ("redis+socket:///s?virtual_host=3", None, "redis+socket:///s?virtual_host=3"),
         ("redis://a;redis://b", None, "redis://a"),
         ("amqp://a", "db+sqlite://", "memory://"),
-        ("sentinel://a", None, "memory://"),
+        ("sentinel://a;sentinel://b", None, "sentinel://a;sentinel://b"),
         ("memory://", None, "memory://"),
     ],
 )
@@ -150,15 +199,45 @@ def test_urls_are_read_as_kombu_writes_them(url: str, said: dict[str, Any]) -> N
     store = open_store(url, timeout=1)
 
     assert isinstance(store, RedisStore)
-    assert said.items() <= store._options.items()
+    assert said.items() <= store._address.options.items()
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "said"),
+    [
+        ("sentinel://a:1;sentinel://b/3", {"master_name": "shop"}, ([("a", 1), ("b", 26379)], "shop", 3, None)),
+        ("sentinel://:pw@a/2;sentinel://b?master_name=mine", {}, ([("a", 26379), ("b", 26379)], "mine", 2, "pw")),
+        ("sentinel://a;b:2/1", {"master_name": "shop"}, ([("a", 26379), ("b", 2)], "shop", 1, None)),
+    ],
+)
+def test_sentinels_are_written_as_for_kombu(url: str, options: dict[str, Any], said: tuple[Any, ...]) -> None:
+    store = open_store(url, timeout=1, options=options)
+
+    assert isinstance(store, RedisStore)
+    sentinels = store._address.sentinels
+    assert sentinels is not None
+    client = store._address.options
+    assert (sentinels.hosts, sentinels.master_name, client["db"], client["password"]) == said
+
+
+def test_sentinels_may_have_a_password_and_tls_of_their_own() -> None:
+    options = {"master_name": "m", "sentinel_kwargs": {"password": "s"}, "min_other_sentinels": 1}
+    store = open_store("sentinel://:pw@a", timeout=1, options=options, tls={"ssl_ca_certs": "/ca"})
+
+    assert isinstance(store, RedisStore)
+    assert store._address.sentinels is not None
+    assert store._address.sentinels.options == {"password": "s"}
+    assert store._address.sentinels.min_others == 1
+    assert store._address.options["ssl_ca_certs"] == "/ca"
+    assert store._address.options["password"] == "pw"
 
 
 def test_certificates_may_come_from_the_brokers_settings() -> None:
     store = open_store("rediss://h", timeout=1, tls={"ssl_ca_certs": "/ca"})
 
     assert isinstance(store, RedisStore)
-    assert store._options["ssl_ca_certs"] == "/ca"
-    assert store._options["ssl_cert_reqs"] == "required"
+    assert store._address.options["ssl_ca_certs"] == "/ca"
+    assert store._address.options["ssl_cert_reqs"] == "required"
 
 
 @pytest.mark.parametrize(
