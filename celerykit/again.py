@@ -22,10 +22,13 @@ from celerykit.idempotency import Waiting
 from celerykit.publishing import FAILURES
 from celerykit.retry import DROPPED
 
-__all__ = ["ENTERED", "descriptions", "headers_of_next", "not_sent", "raise_dropped", "send"]
+__all__ = ["ENTERED", "TOKEN", "descriptions", "headers_of_next", "not_sent", "raise_dropped", "send"]
 
 #: A mark on the request of a running task: when it began, in seconds since 1970.
 ENTERED = "celerykit_entered"
+
+#: Where a worker's parent process writes the token of a run, among what its child is told of the request.
+TOKEN = "celerykit_token"  # noqa: S105  (no secret)
 
 #: An eager call that is put off runs again at once, within itself.
 _MOST_EAGER_SNOOZES = 10
@@ -100,7 +103,8 @@ def headers_of_next(
 
 def _kept(request: Any) -> dict[str, Any]:
     # Where a broker marks a message as redelivered among its headers, what is sent again is a new one.
-    return {name: value for name, value in (request.headers or {}).items() if name != "redelivered"}
+    # And the token of a run is its own.
+    return {name: value for name, value in (request.headers or {}).items() if name not in ("redelivered", TOKEN)}
 
 
 def _row(request: Any, header: Headers, outcome: str, error: BaseException | None) -> Attempt:

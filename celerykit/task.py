@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from celerykit.app import CeleryKit
 
-__all__ = ["FINISHED", "HANDED_BACK", "STEPS", "TOKEN", "AsyncTask", "Task"]
+__all__ = ["FINISHED", "HANDED_BACK", "STEPS", "AsyncTask", "Task"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,9 +52,6 @@ STEPS: tuple[Step, ...] = (once, validated, retried)
 
 #: Why a message goes back that a newer deploy may understand; beside it stands for how long it is held before.
 HANDED_BACK = "celerykit: its contract is not this worker's"
-
-#: Where a worker's parent process writes the token of a run, among what its child is told of the request.
-TOKEN = "celerykit_token"  # noqa: S105  (no secret)
 
 #: A pool's process is told to end by a `SystemExit` with such a code (billiard.common._shutdown_cleanup).
 _ENDED_BY_SIGNAL = range(-256, -191)
@@ -536,7 +533,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 "once": self.eager_claims if request.is_eager else self.claims,
                 "on_store_down": self.on_store_down,
             },
-            token=getattr(request, TOKEN, "") or "",
+            token=getattr(request, again.TOKEN, "") or "",
             in_chord=bool(request.chord),
         )
 

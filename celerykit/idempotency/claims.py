@@ -22,7 +22,7 @@ from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
 from celerykit.stores import Hold, New, Record, Store, Swap
 
-__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "send_all"]
+__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "end_claim", "record_of", "send_all"]
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Claims:
         """Free the key of a call that could not be sent. If the store is away, nothing: it frees itself."""
         expected = version(State.CLAIMED, call_id, Turn())
         try:
-            self.store().swap(Swap(_name(identity.key), expected, None))
+            self.store().swap(Swap(record_of(identity.key), expected, None))
         except StoreUnavailable as error:
             log.warning("claim.not_taken_back key=%s id=%s: %s", identity.key, call_id, error)
 
@@ -205,7 +205,7 @@ class Claims:
 
     def first(self, asked: Asked) -> Swap:
         """Give the swap for a key that is free."""
-        return Swap(_name(asked.identity.key), None, self._sent(self.claimed(asked, None), asked))
+        return Swap(record_of(asked.identity.key), None, self._sent(self.claimed(asked, None), asked))
 
     # A worker's
 
@@ -232,7 +232,7 @@ class Claims:
         Raises:
             StoreUnavailable: Nobody knows.
         """
-        name = _name(identity.key)
+        name = record_of(identity.key)
         running = Claim(
             state=State.RUNNING,
             id=id,
@@ -374,31 +374,29 @@ class Claims:
         except StoreUnavailable as error:
             log.warning("claim.not_given_up key=%s: %s", key, error)
 
-    def end(self, key: str, id: str, turn: Turn, *, event: Event, why: str = "") -> None:  # noqa: A002
-        """
-        Move the claim of a call whose run is gone: it has failed, or is released.
 
-        Claims of others, of later turns, and such that are over stay as they are.
-        """
-        try:
-            self._end(key, id, turn, event=event, why=why)
-        except StoreUnavailable as error:
-            log.warning("claim.not_ended key=%s id=%s: %s", key, id, error)
+def end_claim(store: Store, name: str, id: str, turn: Turn, *, event: Event, why: str = "") -> None:  # noqa: A002
+    """
+    Move the claim of a call whose run is gone: it has failed, or is released.
 
-    def _end(self, key: str, id: str, turn: Turn, *, event: Event, why: str) -> None:  # noqa: A002
-        record = self.store().read(key)
-        for _ in range(_MOST_ROUNDS):
-            claim = _claim_in(record)
-            if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
-                return
-            new = None
-            if after(claim.state, event) is not None:
-                ended = claim.moved(event, since=time.time(), outcome=why)
-                new = New(ended.version, ended.data(), ttl=self.policy.keep)
-            [swapped] = self.store().swap(Swap(key, record.version, new))
-            if swapped.done:
-                return
-            record = swapped.found
+    Claims of others, of later turns, and such that are over stay as they are.
+
+    Raises:
+        StoreUnavailable: Nobody knows.
+    """
+    record = store.read(name)
+    for _ in range(_MOST_ROUNDS):
+        claim = _claim_in(record)
+        if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
+            return
+        new = None
+        if after(claim.state, event) is not None:
+            ended = claim.moved(event, since=time.time(), outcome=why)
+            new = New(ended.version, ended.data(), ttl=claim.keep)
+        [swapped] = store.swap(Swap(name, record.version, new))
+        if swapped.done:
+            return
+        record = swapped.found
 
 
 def send_all(calls: Sequence[Asked]) -> list[Sending]:
@@ -419,7 +417,7 @@ def send_all(calls: Sequence[Asked]) -> list[Sending]:
 
 
 def _settle(store: Store, asked: Asked, found: Record | None) -> Sending:
-    name = _name(asked.identity.key)
+    name = record_of(asked.identity.key)
     for _ in range(_MOST_ROUNDS):
         answer, claim, new = asked.claims.decide_send(asked, found)
         if new is None:
@@ -452,5 +450,6 @@ def _is_lapsed(record: Record | None) -> bool:
     return record is not None and record.lease is not None and record.lease <= 0
 
 
-def _name(key: str) -> str:
+def record_of(key: str) -> str:
+    """Name the record of a key in the store."""
     return f"once:{key}"

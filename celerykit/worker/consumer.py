@@ -22,7 +22,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 from celerykit.dead_letters import Reason
 from celerykit.errors import Undeliverable
 from celerykit.rollout import pause_for_newer
-from celerykit.worker import shape, shutdown
+from celerykit.worker import claims, shape, shutdown
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
 from celerykit.worker.leases import Leases, all_of
@@ -107,7 +107,9 @@ class Consumer(_Stock):  # type: ignore[misc]
 
     def _may_start(self, request: Any) -> bool:
         verdict = self._judge(request)
-        if verdict is not Verdict.START:
+        if verdict is Verdict.START:
+            claims.begin(request)
+        else:
             self._refuse(request, verdict)
         return verdict is Verdict.START
 
@@ -226,6 +228,7 @@ class Consumer(_Stock):  # type: ignore[misc]
         try:
             embed = _embed_of(message)
             ending = ending_of(error, reason=reason)
+            claims.end_message(self.app, message.headers, ending.error or reason)
             self.undertaker.bury_message(message, ending, then=self._acknowledging(message), chord=embed.get("chord"))
         except Exception:  # (an edge: what can be read of such a message is anybody's guess)
             # Neither acknowledged nor lost: it goes back when the worker ends.

@@ -26,6 +26,7 @@ from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
 from celerykit.headers import Headers
 from celerykit.retry import DROPPED
 from celerykit.task import HANDED_BACK
+from celerykit.worker import claims
 from celerykit.worker.ending import Ending, ending_of, error_in, info_of
 from celerykit.worker.starts import MOST_FORGIVEN, letter_of
 
@@ -106,6 +107,7 @@ class Request(_Stock):  # type: ignore[misc]
         """Acknowledge, once nothing of the message can be lost any more."""
         if self._ending is not None and self.undertaker is not None and not self._is_buried:
             self._is_buried = True
+            claims.end(self, self._ending.error or self._ending.reason)
             self.undertaker.bury(self, self._ending, then=super().acknowledge)
         elif not self._is_buried:
             if self.undertaker is not None and self.id in state.successful_requests:
@@ -117,6 +119,8 @@ class Request(_Stock):  # type: ignore[misc]
         if self._ending is not None and self.undertaker is not None:
             self.acknowledge()
         else:
+            if requeue:
+                claims.give_up(self)
             super().reject(requeue=requeue)
 
     def cancel(self, pool: Any, signal: Any = None, emit_retry: bool = True) -> None:
@@ -127,6 +131,7 @@ class Request(_Stock):  # type: ignore[misc]
         self.on_cut_off()
         # Nobody retries what was acknowledged early, whatever Celery says of it.
         super().cancel(pool, signal, emit_retry=False)
+        claims.give_up(self)
 
     def on_cut_off(self) -> None:
         """Do not count a start whose message goes back; bury what has started and must not start again."""
@@ -179,6 +184,8 @@ class Request(_Stock):  # type: ignore[misc]
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if expired and self.undertaker is not None:
             self._ending = Ending("expired", message=f"It was to start before {self.expires}.")
+        else:
+            claims.release(self)
         try:
             super()._announce_revoked(reason, terminated, signum, expired)
         except Exception as error:  # noqa: BLE001  (an edge: a result backend that is down must not stop the worker)
