@@ -23,7 +23,7 @@ from pydantic import BaseModel, Json, RootModel
 
 from celerykit.errors import InvalidContract
 
-__all__ = ["EACH", "Path", "paths_of", "values_at"]
+__all__ = ["EACH", "Path", "paths_of", "types_of_field", "values_at"]
 
 #: The step that stands for each item of a list, set, tuple of any length, or dict.
 EACH: Final = "*"
@@ -319,3 +319,50 @@ def _hints(kind: type) -> dict[str, Any]:
     except NameError:  # a class of a function's, which may speak of itself
         names = {**vars(kind), kind.__name__: kind}
         return typing_extensions.get_type_hints(kind, localns=names, include_extras=True)
+
+
+# By name, of Python values
+
+
+def types_of_field(annotation: Any, name: str) -> list[Any]:
+    """
+    Give the types that the field *name* of a Python value may have; none when values have no such field.
+
+    ``Any`` when nothing is known of it: of a property, a key of a dict, or a value that is not typed.
+    """
+    found: list[Any] = []
+    for kind in _members(annotation):
+        if kind is not None and kind is not type(None):
+            found += _types_of_field(kind, name)
+    return found
+
+
+def _members(annotation: Any) -> list[Any]:
+    """Look through unions, aliases and ``Annotated``."""
+    waiting, seen, found = [annotation], list[Any](), list[Any]()
+    while waiting:
+        kind = waiting.pop(0)
+        inner = [] if _is_kind(kind, BaseModel) else [part.annotation for part in _parts(kind) if not part.steps]
+        if not inner:
+            found.append(kind)
+        elif kind not in seen:
+            seen.append(kind)
+            waiting += inner
+    return found
+
+
+def _types_of_field(kind: Any, name: str) -> list[Any]:
+    origin = get_origin(kind) or kind
+    if not isinstance(origin, type) or origin in (Any, object) or _takes_any(origin):
+        return [Any]
+    if _is_kind(origin, Mapping) and not _has_fields(origin):
+        return list(get_args(kind)[1:]) or [Any]
+    found = [part.annotation for part in _parts(kind) if part.steps == (name,)]
+    is_attribute = hasattr(origin, name) and not callable(getattr(origin, name))
+    return found or ([Any] if is_attribute else [])
+
+
+def _takes_any(origin: type) -> bool:
+    if not issubclass(origin, BaseModel):
+        return False
+    return issubclass(origin, RootModel) or origin.model_config.get("extra") == "allow"

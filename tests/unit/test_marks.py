@@ -22,7 +22,7 @@ from typing_extensions import TypeAliasType, TypedDict
 from celerykit.contract import Contract
 from celerykit.errors import InvalidContract
 from celerykit.fields import Fields
-from celerykit.marks import EACH, Path, paths_of, values_at
+from celerykit.marks import EACH, Path, paths_of, types_of_field, values_at
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -333,6 +333,34 @@ def test_items_of_a_dict_come_in_the_order_of_its_keys() -> None:
     path = ("p", EACH)
 
     assert values_at({"p": {"b": 2, "a": 1}}, path) == values_at({"p": {"a": 1, "b": 2}}, path) == [1, 2]
+
+
+# Fields by name
+
+NAMED: dict[str, tuple[Any, str, list[Any]]] = {
+    "a model": (Order, "lines", [list[Line]]),
+    "nothing of a model": (Order, "line", []),
+    "a method is no field": (Order, "model_dump", []),
+    "an option": (Annotated[Order, Key()] | None, "card", [str]),
+    "one member of a union": (Cat | Dog | int, "dog_id", [int]),
+    "several members": (Pet | None, "kind", [typing.Literal["cat"], typing.Literal["dog"]]),
+    "a generic dataclass": (Box[int], "content", [int]),
+    "a typed dict": (Options, "note", [str]),
+    "a named tuple": (Point, "x", [Any]),
+    "a dict": (dict[str, Line], "whatever", [Line]),
+    "a list": (list[Order], "lines", []),
+    "a tree": (Tree, "whatever", [Tree]),
+    "a root model": (Ids, "root", [Any]),
+    "anything": (Any, "whatever", [Any]),
+    "nothing": (None, "whatever", []),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_fields_are_known_by_name_in(case: str) -> None:
+    annotation, name, expected = NAMED[case]
+
+    assert types_of_field(annotation, name) == expected
 
 
 # For any types: a strategy gives a type, a value of it, and what is marked in that value.
