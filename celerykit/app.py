@@ -30,9 +30,10 @@ import celery
 from celery.app.backends import BACKEND_ALIASES
 from celery.fixups.django import DjangoFixup
 from celery.loaders.app import AppLoader
+from celery.schedules import BaseSchedule
 from kombu.transport import TRANSPORT_ALIASES
 
-from celerykit import bulk, claiming
+from celerykit import bulk, claiming, schedules
 from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
@@ -49,6 +50,7 @@ from celerykit.retry import Retry
 from celerykit.settings import load, settle
 from celerykit.stores import Store, default_url, open_store
 from celerykit.task import AsyncTask, Task
+from celerykit.using import SendOptions
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -82,6 +84,7 @@ class TaskOptions(TypedDict, total=False):
     once: Once | None
     remember: bool
     on_store_down: Literal["run", "retry", "fail"]
+    schedule: schedules.When | None
     shared: bool
     lazy: bool
     filter: Callable[[Any], Any]
@@ -202,6 +205,8 @@ class CeleryKit(celery.Celery):
         self.retry_policy = retry
         self._settings: Settings | None = None
         self._store: Store | None = None
+        #: What is sent by itself, by name; in `beat_schedule` once the app is finalized.
+        self.schedules: dict[str, schedules.Entry] = {}
         self._publishers: dict[int, ThreadPoolExecutor] = {}
         super().__init__(main, *args, **kwargs)
         if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
@@ -287,7 +292,9 @@ class CeleryKit(celery.Celery):
 
             Takes Celery's options; ``strict=True`` for arguments that must be of
             their types without conversion; ``retry=Retry(...)`` for what follows
-            on which error; and ``on_crash="bury"`` for what must never start twice.
+            on which error; ``on_crash="bury"`` for what must never start twice;
+            and ``schedule=`` for what beat sends by itself, without arguments:
+            a ``timedelta``, seconds, cron text or a schedule of Celery's.
 
             Raises:
                 InvalidContract: The function's signature cannot be a contract.
@@ -295,6 +302,57 @@ class CeleryKit(celery.Celery):
                 InvalidOptions: An option is misspelt, or would hide a method.
             """
             return _declaring(super().task, args, options, _namespace_of_caller(), self)
+
+    def finalize(self, auto: bool = False) -> None:
+        """Evaluate what is pending, as Celery does, and put the declared schedules into ``beat_schedule``."""
+        was_finalized = cast("Any", self).finalized
+        super().finalize(auto=auto)
+        if not was_finalized:
+            # Not at Celery's signal, which logs the errors of its receivers.
+            schedules.install(self)
+
+    def schedule(
+        self,
+        sig: Signature[Any],
+        *,
+        every: schedules.Every | BaseSchedule | None = None,
+        cron: str | BaseSchedule | None = None,
+        name: str | None = None,
+        missed: schedules.Missed = "once",
+        **options: Unpack[SendOptions],
+    ) -> str:
+        """
+        Let beat send a call again and again.
+
+        Args:
+            sig:
+                ``task.s(...)`` with all its arguments, which are checked now.
+
+            every:
+                Seconds, or a ``timedelta``.
+
+            cron:
+                Five fields, ``"*/5 8-18 * * mon-fri"``, in the app's time zone.
+
+            name:
+                That of the task unless given; one task may have several schedules.
+
+            missed:
+                What follows on runs for which no beat was there: ``once``, one
+                run, or ``skip``, none.
+
+            **options:
+                As for ``apply_async``.
+
+        Returns:
+            The name.
+
+        Raises:
+            InvalidPayload: The arguments do not fit.
+
+            InvalidOptions: The schedule cannot be read, or the name is taken.
+        """
+        return schedules.declare(self, sig, every=every, cron=cron, name=name, missed=missed, options=options)
 
     def enqueue_many(self, calls: Iterable[Signature[Any]]) -> list[Result[Any]]:
         """
@@ -445,6 +503,8 @@ def _declared(
     _check_options(name, options)
     # As attributes of the task, which Celery makes of every option, they would hide `Task.retry`, and read badly.
     options = {_KEPT_AS.get(option, option): value for option, value in options.items()}
+    if options.get("schedule") is not None:
+        options["schedule"] = schedules.read(options["schedule"], what=name)
     base = options.get("base")
     if base is not None and not issubclass(base, Task):
         # A base class written for stock Celery keeps its say, in front of ours.
@@ -463,6 +523,8 @@ def _declared(
     except UnresolvedAnnotation:
         # Something that is defined further down: it is there when the task is first used, and built then.
         return options
+    if options.get("schedule") is not None:
+        schedules.check_call(contract, what=name)
     return {**options, "contract": contract}
 
 

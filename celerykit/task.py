@@ -21,7 +21,7 @@ import celery
 from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
-from celerykit import again, bulk, claiming, loops
+from celerykit import again, bulk, claiming, loops, schedules
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
@@ -110,6 +110,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
             What becomes of a call while the store does not answer: ``run``
             runs it, though it may be a duplicate; ``retry`` puts it off;
             ``fail`` refuses it.
+
+        schedule:
+            When beat sends it by itself, without arguments. A class that
+            inherits from the task is another task, without it.
     """
 
     abstract = True
@@ -120,6 +124,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
     once_policy: Once | None = None
     remember: bool = False
     on_store_down: Literal["run", "retry", "fail"] = "retry"
+    schedule: schedules.When | None = None
     Request = "celerykit.worker.request:Request"
 
     #: The function of an `async def` task, whose `run` waits for it.
@@ -183,6 +188,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             cls.store_errors_even_if_ignored = True
         if cls._coroutine_function is not None:
             loops.refuse_green_threads(str(cls.name))
+        schedules.declare_task(app, cls)
 
     # Out
 
