@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         TaskInterrupted,
         Undeliverable,
     )
-    from celerykit.idempotency import Key, Once
+    from celerykit.idempotency import Key, Once, remember
     from celerykit.result import Result
     from celerykit.retry import Backoff, Dead, Drop, Retry, RetryAfter, Snooze
     from celerykit.task import Task
@@ -69,6 +69,7 @@ _HOMES = {
     "Task": "task",
     "TaskInterrupted": "errors",
     "Undeliverable": "errors",
+    "remember": "idempotency",
     "shared_task": "app",
 }
 
@@ -104,6 +105,7 @@ __all__ = [
     "Task",
     "TaskInterrupted",
     "Undeliverable",
+    "remember",
     "shared_task",
 ]
 

@@ -55,12 +55,13 @@ class Renewal:
     @contextmanager
     def holding(self, store: Store, hold: Hold) -> Iterator[None]:
         """Keep a record's lease while the block runs. All records are renewed in one round trip."""
-        name = f"{hold.key} {hold.version}"
-        self._add(self._held, name, _Held(store, hold))
+        held = _Held(store, hold)
+        self._add(self._held, hold.key, held)
         try:
             yield
         finally:
-            self.drop(name)
+            if self._held.get(hold.key) is held:
+                self.drop(hold.key)
 
     def keep(self, name: str, renew: Callable[[], None]) -> None:
         """Call *renew* from time to time, until `drop` is called with this name. What it raises is logged."""

@@ -19,6 +19,8 @@ from kombu.utils.json import dumps
 
 from celerykit.dead_letters import Letter, Outgoing, payload_of, repaired, replay_mark, rewritten
 from celerykit.errors import InvalidPayload, Problem, StoreUnavailable
+from celerykit.headers import Headers
+from celerykit.idempotency import Claims, State, find_claim
 from celerykit.letter_queues import Held, LetterQueue, NoQueue
 
 if TYPE_CHECKING:
@@ -199,6 +201,22 @@ def _check(app: CeleryKit, letter: Letter, *, force: bool) -> None:
         contract.load(args, kwargs)
     if letter.note.chord and payload_of(letter) is None:
         raise NotReplayable("only a body of JSON can be taken out of its chord")
+    if not force and (other := _superseded_by(app, task, letter, args, kwargs)):
+        raise NotReplayable(f"superseded: call {other}, which has the same key, is done")
+
+
+def _superseded_by(app: CeleryKit, task: Any, letter: Letter, args: Any, kwargs: Any) -> str | None:
+    """Give the id of another call that has done what this letter's was to do."""
+    claims: Claims | None = getattr(task, "claims", None)
+    if claims is None:
+        return None
+    call_id = str(letter.note.id)
+    key = Headers.of(letter.headers).key or claims.identify(args, kwargs, id=call_id).key
+    try:
+        claim = find_claim(app.store, key)
+    except StoreUnavailable:
+        return None  # the worker will find out
+    return claim.id if claim is not None and claim.state is State.DONE and claim.id != call_id else None
 
 
 def _decoded(app: CeleryKit, letter: Letter) -> Any:

@@ -17,10 +17,10 @@ comes. Deciding is pure (`claim`); a store only compares and swaps.
 from __future__ import annotations
 
 from celerykit.idempotency.claim import LEGAL, Claim, State, Turn
-from celerykit.idempotency.claims import Claims, Run, Sending
+from celerykit.idempotency.claims import Claims, Run, Sending, find_claim
 from celerykit.idempotency.keys import Identity
 from celerykit.idempotency.policy import Key, Once
-from celerykit.idempotency.step import Skipped, Waiting, once
+from celerykit.idempotency.step import Skipped, Waiting, once, remember
 
 __all__ = [
     "LEGAL",
@@ -35,5 +35,7 @@ __all__ = [
     "State",
     "Turn",
     "Waiting",
+    "find_claim",
     "once",
+    "remember",
 ]

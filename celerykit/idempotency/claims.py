@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
 from uuid import uuid4
 
-from celerykit.errors import StoreUnavailable
+from celerykit.errors import InvalidOptions, StoreUnavailable
 from celerykit.idempotency.claim import Answer, Claim, Event, State, Turn, after, on_send, on_start, version
 from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
 from celerykit.stores import Hold, New, Record, Store, Swap
 
-__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "end_claim", "record_of", "send_all"]
+__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "end_claim", "find_claim", "record_of", "send_all"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,10 @@ class Renewing(Protocol):
 
     def holding(self, store: Store, hold: Hold) -> AbstractContextManager[None]:
         """Keep one."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Keep the one under this key no longer."""
         ...
 
 
@@ -305,6 +309,26 @@ class Claims:
         done = run.claim.moved(Event.FINISH, since=time.time(), outcome=self._written(run, result))
         self._record(run, New(done.version, done.data(), ttl=self.policy.keep))
 
+    def remember(self, run: Run, result: Any, *, on: Any) -> bool:
+        """
+        Record what a run is going to return, in the caller's transaction; tell whether it still holds the key.
+
+        Raises:
+            InvalidOptions: The store is no SQL database.
+        """
+        store: Any = self.store()
+        if not hasattr(store, "on"):
+            raise InvalidOptions(
+                f"{self.task}: remember() needs a store in the database of your transaction; "
+                "set CELERYKIT_STORE_URL to its address."
+            )
+        done = run.claim.moved(Event.FINISH, since=time.time(), outcome=self.encode(result))
+        new = New(done.version, done.data(), ttl=self.policy.keep)
+        # Its row is the transaction's now: a renewal would wait for that.
+        self.renewal.drop(run.key)
+        [swapped] = store.on(on).swap(Swap(run.key, run.claim.version, new))
+        return bool(swapped.done)
+
     def fail(self, run: Run, error: BaseException) -> None:
         """Record that a run has failed for good, which frees the key."""
         failed = run.claim.moved(Event.FAIL, since=time.time(), outcome=type(error).__name__)
@@ -373,6 +397,16 @@ class Claims:
             self.store().renew([Hold(key, of_version, 0.0, self.policy.keep)])
         except StoreUnavailable as error:
             log.warning("claim.not_given_up key=%s: %s", key, error)
+
+
+def find_claim(store: Store, key: str) -> Claim | None:
+    """
+    Give the claim of a key.
+
+    Raises:
+        StoreUnavailable: Nobody knows.
+    """
+    return _claim_in(store.read(record_of(key)))
 
 
 def end_claim(store: Store, name: str, id: str, turn: Turn, *, event: Event, why: str = "") -> None:  # noqa: A002

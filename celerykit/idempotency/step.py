@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, NoReturn
+from contextvars import ContextVar
+from typing import Any, NamedTuple, NoReturn
 
 from celerykit.call import Call, Later, Next, Outcome, Stopped
 from celerykit.errors import DuplicateCall, InvalidPayload, KeyConflict, StoreUnavailable, Undeliverable
@@ -14,7 +15,7 @@ from celerykit.idempotency.claim import Answer, Claim, Turn
 from celerykit.idempotency.claims import Claims, Run
 from celerykit.idempotency.keys import Identity
 
-__all__ = ["Skipped", "Waiting", "once"]
+__all__ = ["Skipped", "Waiting", "once", "remember"]
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +107,61 @@ def _without(error: StoreUnavailable, call_next: Next, call: Call, identity: Ide
     raise Waiting(_pause(call), attempt=call.attempt, joined=call.headers.joined) from error
 
 
+class _Current(NamedTuple):
+    """What `remember` needs to know of the run it is called in."""
+
+    call: Call
+    claims: Claims
+    run: Run
+
+
+_current: ContextVar[_Current | None] = ContextVar("celerykit_run", default=None)
+
+
+def remember(result: Any, *, on: Any) -> None:
+    """
+    Record that the running call is done, in a transaction of the task's own.
+
+    What the task does in that transaction and the record of it are one: both
+    are there or neither is, whenever the process dies::
+
+        with engine.begin() as db:
+            db.execute(insert(charges).values(...))
+            remember(receipt, on=db)
+        return receipt
+
+    Outside of a run, as when the function is called in a test, nothing happens.
+
+    Args:
+        result:
+            What the task is going to return.
+
+        on:
+            A SQLAlchemy ``Connection`` or ``Session`` to the database where
+            the store is.
+
+    Raises:
+        DuplicateCall: Another run has taken the key meanwhile. Let it pass: the transaction must be rolled back.
+
+        InvalidOptions: The task has no key, or the store is no SQL database.
+
+        ResultMismatch: *result* is not of the task's return type.
+    """
+    current = _current.get()
+    if current is None:
+        return
+    call, claims, run = current
+    if not claims.remember(run, call.contract.dump_result(result), on=on):
+        raise DuplicateCall(
+            f"{call.task}: another run has taken its key {run.key.removeprefix('once:')} meanwhile. "
+            "Its effect was rolled back.",
+            run.key.removeprefix("once:"),
+            call.id,
+        )
+
+
 def _run(call_next: Next, call: Call, claims: Claims, run: Run) -> Any:
+    token = _current.set(_Current(call, claims, run))
     try:
         with claims.holding(run):
             result = call_next(call)
@@ -123,6 +178,8 @@ def _run(call_next: Next, call: Call, claims: Claims, run: Run) -> Any:
     except Exception as error:
         claims.fail(run, error)
         raise
+    finally:
+        _current.reset(token)
     claims.finish(run, result)
     return result
 
