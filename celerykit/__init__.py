@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Undeliverable,
     )
     from celerykit.idempotency import Key, Once, remember
+    from celerykit.limits import Concurrent, Rate
     from celerykit.result import Result
     from celerykit.retry import Backoff, Dead, Drop, Retry, RetryAfter, Snooze
     from celerykit.task import Task
@@ -42,6 +43,7 @@ _HOMES = {
     "Call": "call",
     "CeleryKit": "app",
     "CelerykitError": "errors",
+    "Concurrent": "limits",
     "Dead": "retry",
     "Drop": "retry",
     "DuplicateCall": "errors",
@@ -57,6 +59,7 @@ _HOMES = {
     "Next": "call",
     "Once": "idempotency",
     "Outcome": "call",
+    "Rate": "limits",
     "Result": "result",
     "ResultMismatch": "errors",
     "ResultNotStored": "errors",
@@ -78,6 +81,7 @@ __all__ = [
     "Call",
     "CeleryKit",
     "CelerykitError",
+    "Concurrent",
     "Dead",
     "Drop",
     "DuplicateCall",
@@ -93,6 +97,7 @@ __all__ = [
     "Next",
     "Once",
     "Outcome",
+    "Rate",
     "Result",
     "ResultMismatch",
     "ResultNotStored",

@@ -42,6 +42,7 @@ from celerykit.contract import Contract
 from celerykit.deadline import within
 from celerykit.errors import InvalidOptions
 from celerykit.idempotency import Once
+from celerykit.limits import Rule, check_limits
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options
 from celerykit.renewal import Renewal
@@ -84,6 +85,7 @@ class TaskOptions(TypedDict, total=False):
     once: Once | None
     remember: bool
     on_store_down: Literal["run", "retry", "fail"]
+    limits: Sequence[Rule]
     schedule: schedules.When | None
     shared: bool
     lazy: bool
@@ -525,11 +527,12 @@ def _declared(
         return options
     if options.get("schedule") is not None:
         schedules.check_call(contract, what=name)
+    check_limits(contract, options.get("limit_rules", ()))
     return {**options, "contract": contract}
 
 
 #: Under which name an option is an attribute of its task.
-_KEPT_AS = {"retry": "retry_policy", "once": "once_policy"}
+_KEPT_AS = {"retry": "retry_policy", "once": "once_policy", "limits": "limit_rules"}
 
 
 def _check_options(task: str, options: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from celerykit.contract import Contract
 from celerykit.errors import CelerykitError, InvalidOptions, StoreUnavailable
 from celerykit.marks import types_of_field
 
-__all__ = ["Concurrent", "Keeper", "LimitReached", "Limits", "Rate", "Slots", "limited", "pause"]
+__all__ = ["Concurrent", "Keeper", "LimitReached", "Limits", "Rate", "Slots", "check_limits", "limited", "pause"]
 
 log = logging.getLogger(__name__)
 
@@ -192,11 +192,8 @@ class Limits:
     renewal: Keeper
 
     def __post_init__(self) -> None:
-        rules = _rules(self.contract.task, self.rules)
-        for rule in rules:
-            if isinstance(rule.by, str):
-                _check_path(self.contract, rule, rule.by.split("."))
-        _set(self, rules=rules)
+        check_limits(self.contract, self.rules)
+        _set(self, rules=_rules(self.contract.task, self.rules))
 
     def take(self, call: Call) -> list[Slot]:
         """
@@ -247,6 +244,18 @@ class Limits:
     def _key(self, place: int, rule: Rule, call: Call) -> str:
         kind = type(rule).__name__.lower()
         return f"slots:{_bounded(call.task)}:{kind}{place}:{_digest(rule, call)}"
+
+
+def check_limits(contract: Contract, rules: Any) -> None:
+    """
+    Refuse rules that make no sense for a task, when it is declared.
+
+    Raises:
+        InvalidOptions: A rule is none, or its ``by`` is nothing that the task is called with.
+    """
+    for rule in _rules(contract.task, rules):
+        if isinstance(rule.by, str):
+            _check_path(contract, rule, rule.by.split("."))
 
 
 class Slot:

@@ -28,10 +28,12 @@ from celerykit.contract import Contract
 from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Once, Skipped, once
+from celerykit.limits import Limits, Rule, limited
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
 from celerykit.rollout import pause_for_newer
+from celerykit.stores import Store
 from celerykit.using import SendOptions, Using
 
 if TYPE_CHECKING:
@@ -47,8 +49,9 @@ R_co = TypeVar("R_co", covariant=True)
 
 #: Outermost first. A user's steps come before these: they may refuse a call that was not read yet. What a key has led
 #: to is kept and given as JSON, so `once` stands outside of `validated`; and it sees final outcomes only, so `retried`
-#: stands inside of it. What is not valid is not retried, so it does not come as far as the retries.
-STEPS: tuple[Step, ...] = (once, validated, retried)
+#: stands inside of it. What is not valid is not retried, so it does not come as far as the retries; nor does what
+#: is put off by a limit, which is counted by typed arguments.
+STEPS: tuple[Step, ...] = (once, validated, limited, retried)
 
 #: Why a message goes back that a newer deploy may understand; beside it stands for how long it is held before.
 HANDED_BACK = "celerykit: its contract is not this worker's"
@@ -111,6 +114,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
             runs it, though it may be a duplicate; ``retry`` puts it off;
             ``fail`` refuses it.
 
+        limit_rules:
+            How often it starts, and how many of it run at once, in all
+            workers. Set with ``@app.task(limits=(Rate(...), ...))``.
+
         schedule:
             When beat sends it by itself, without arguments. A class that
             inherits from the task is another task, without it.
@@ -124,6 +131,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
     once_policy: Once | None = None
     remember: bool = False
     on_store_down: Literal["run", "retry", "fail"] = "retry"
+    limit_rules: Sequence[Rule] = ()
     schedule: schedules.When | None = None
     Request = "celerykit.worker.request:Request"
 
@@ -538,6 +546,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 "on_crash": self.on_crash,
                 "once": self.eager_claims if request.is_eager else self.claims,
                 "on_store_down": self.on_store_down,
+                "limits": self.eager_limits if request.is_eager else self.limits,
             },
             token=getattr(request, again.TOKEN, "") or "",
             in_chord=bool(request.chord),
@@ -547,6 +556,22 @@ class Task(celery.Task[P, R], Generic[P, R]):
     def claims(self) -> Claims | None:
         """What claims the keys of this task's calls."""
         return claiming.claims_of(self)
+
+    @cached_property
+    def limits(self) -> Limits | None:
+        """What keeps this task's calls within their limits."""
+        return self._limits(lambda: self._kit.store)
+
+    @cached_property
+    def eager_limits(self) -> Limits | None:
+        """The same for calls that run in place."""
+        return self._limits(lambda: self._kit.eager_store)
+
+    def _limits(self, store: Callable[[], Store]) -> Limits | None:
+        if not self.limit_rules:
+            return None
+        lease, renewal = self._kit.settings.kit.lease.total_seconds, self._kit.renewal
+        return Limits(self._contract, self.limit_rules, store=store, lease=lease, renewal=renewal)
 
     @cached_property
     def eager_claims(self) -> Claims | None:

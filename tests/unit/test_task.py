@@ -31,6 +31,7 @@ from celerykit.call import compose, validated
 from celerykit.contract import Contract
 from celerykit.headers import Headers
 from celerykit.idempotency import once
+from celerykit.limits import limited
 from celerykit.retry import Snooze, retried
 from celerykit.task import STEPS
 
@@ -40,7 +41,7 @@ class Order(BaseModel):
 
 
 def test_the_order_of_the_steps_is_one_tuple() -> None:
-    assert (once, validated, retried) == STEPS
+    assert (once, validated, limited, retried) == STEPS
 
 
 def test_steps_nest_outermost_first() -> None:
