@@ -26,7 +26,7 @@ from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, Stor
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, Identity, Once, Sending
 from celerykit.idempotency.claim import Answer
-from celerykit.idempotency.claims import Asked, Kept, send_all
+from celerykit.idempotency.claims import Asked, Ended, send_all
 from celerykit.idempotency.keys import Keys
 from celerykit.idempotency.step import conflict, duplicate
 from celerykit.publishing import UnreachableBroker
@@ -61,11 +61,11 @@ def claims_of(task: Any, *, eagerly: bool = False) -> Claims | None:
         may_rerun=task.on_crash == "rerun",
         encode=dumps,
         decode=loads,
-        succeeded=lambda call_id: None if eagerly else _stored(task, call_id),
+        ended=lambda call_id: None if eagerly else _ended(task, call_id),
     )
 
 
-def _stored(task: Any, call_id: str) -> Kept | None:
+def _ended(task: Any, call_id: str) -> Ended | None:
     if isinstance(task.backend, DisabledBackend):
         return None
     try:
@@ -73,7 +73,10 @@ def _stored(task: Any, call_id: str) -> Kept | None:
     except Exception as error:  # noqa: BLE001  (backends raise what they like)
         log.warning("result.not_read task=%s id=%s: %s", task.name, call_id, type(error).__name__)
         return None
-    return Kept(stored.get("result")) if stored.get("status") == states.SUCCESS else None
+    state, result = stored.get("status"), stored.get("result")
+    if state == states.SUCCESS:
+        return Ended(result)
+    return Ended(error=type(result).__name__) if state in states.EXCEPTION_STATES - {states.RETRY} else None
 
 
 def identity_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, key: Any) -> Identity | None:

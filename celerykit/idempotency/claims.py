@@ -22,7 +22,7 @@ from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
 from celerykit.stores import Hold, New, Record, Store, Swap
 
-__all__ = ["Asked", "Claims", "Kept", "Run", "Sending", "end_claim", "find_claim", "record_of", "send_all"]
+__all__ = ["Asked", "Claims", "Ended", "Run", "Sending", "end_claim", "find_claim", "record_of", "send_all"]
 
 log = logging.getLogger(__name__)
 
@@ -80,10 +80,20 @@ class Starting(NamedTuple):
     run: Run
 
 
-class Kept(NamedTuple):
-    """A result that the result backend has, as JSON."""
+class Ended(NamedTuple):
+    """
+    What the result backend says of a call that has ended.
 
-    result: Any
+    Attributes:
+        result:
+            As JSON.
+
+        error:
+            The type of its error; empty when it has succeeded.
+    """
+
+    result: Any = None
+    error: str = ""
 
 
 class Asked(NamedTuple):
@@ -120,8 +130,8 @@ class Claims:
         encode, decode:
             Write and read results as JSON, as the app does.
 
-        succeeded:
-            Looks for the stored result of a call, by its id.
+        ended:
+            Looks for the stored outcome of a call, by its id.
     """
 
     task: str
@@ -133,7 +143,7 @@ class Claims:
     may_rerun: bool
     encode: Callable[[Any], str]
     decode: Callable[[str], Any]
-    succeeded: Callable[[str], Kept | None]
+    ended: Callable[[str], Ended | None]
 
     def identify(
         self,
@@ -268,26 +278,29 @@ class Claims:
             )
             # A run may be taken over if it was not renewed in the meantime; its own next turn may start at once.
             is_taken_over = _is_running(found) and answer in _AFTER_A_RUN and not (found.id == id and turn > found.turn)
-            if found is not None and self._was_done(name, found, is_gone=is_taken_over):
+            if found is not None and self.has_ended(name, found, is_gone=is_taken_over):
                 continue
             if answer is not Answer.GO:
                 return Starting(answer, Run(name, found or running))
             after(found.state if found else None, Event.START)
         raise _changes_too_fast(identity)
 
-    def _was_done(self, name: str, found: Claim, *, is_gone: bool) -> bool:
+    def has_ended(self, name: str, found: Claim, *, is_gone: bool) -> bool:
         """
-        Record that a call has succeeded which could not say so itself, if its result says that it has.
+        Record that a call has ended which could not say so itself, if its stored outcome says that it has.
 
         Its process died, or the store was away; or another task went on with its id.
         """
         has_gone_on = found.state is State.WAITING and found.resume is None
-        kept = self.succeeded(found.id) if is_gone or has_gone_on else None
-        if kept is None:
+        ended = self.ended(found.id) if is_gone or has_gone_on else None
+        if ended is None or (ended.error and not has_gone_on):
             return False
-        run = Run(name, found)
-        done = found.moved(Event.FINISH, since=time.time(), outcome=self._written(run, kept.result))
-        self.store().swap(Swap(name, found.version, New(done.version, done.data(), ttl=self.policy.keep)))
+        if ended.error:
+            claim = found.moved(Event.FAIL, since=time.time(), outcome=ended.error)
+        else:
+            written = self._written(Run(name, found), ended.result)
+            claim = found.moved(Event.FINISH, since=time.time(), outcome=written)
+        self.store().swap(Swap(name, found.version, New(claim.version, claim.data(), ttl=self.policy.keep)))
         return True
 
     def _running(self, claim: Claim) -> New:
@@ -454,6 +467,9 @@ def _settle(store: Store, asked: Asked, found: Record | None) -> Sending:
     name = record_of(asked.identity.key)
     for _ in range(_MOST_ROUNDS):
         answer, claim, new = asked.claims.decide_send(asked, found)
+        if answer is Answer.JOIN and claim is not None and asked.claims.has_ended(name, claim, is_gone=False):
+            found = store.read(name)
+            continue
         if new is None:
             return Sending(answer, claim)
         expected = found.version if found else None
