@@ -259,7 +259,7 @@ def answered(task: Any, answer: Answer, found: Any, key: str) -> Result[Any]:
 
 def _refuse(task: Any, answer: Answer, found: Any, key: str) -> NoReturn:
     told = conflict if answer is Answer.CONFLICT else duplicate
-    raise told(str(task.name), key, found)
+    raise told(str(task.name), key, found, says="The message was not sent.")
 
 
 def take_back(claimed: Sequence[Claimed]) -> None:

@@ -238,19 +238,17 @@ def _error(answer: Answer, call: Call, key: str, found: Claim) -> DuplicateCall:
     return duplicate(call.task, key, found)
 
 
-def duplicate(task: str, key: str, found: Claim) -> DuplicateCall:
+def duplicate(task: str, key: str, found: Claim, *, says: str = "It did not run.") -> DuplicateCall:
     """Make the error for a call whose key is another one's."""
     return DuplicateCall(
-        f"{task}: its key {key} is that of call {found.id}, which is {found.state.value}. It did not run.",
-        key,
-        found.id,
+        f"{task}: its key {key} is that of call {found.id}, which is {found.state.value}. {says}", key, found.id
     )
 
 
-def conflict(task: str, key: str, found: Claim) -> KeyConflict:
+def conflict(task: str, key: str, found: Claim, *, says: str = "It did not run.") -> KeyConflict:
     """Make the error for a call whose key is another one's, with other arguments."""
     return KeyConflict(
-        f"{task}: call {found.id} has the same key {key}, and other arguments. It did not run. "
+        f"{task}: call {found.id} has the same key {key}, and other arguments. {says} "
         "Mark with Key() what makes calls different, or give another key.",
         key,
         found.id,

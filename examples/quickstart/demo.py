@@ -89,6 +89,32 @@ def typed_calls() -> None:
     )
 
 
+def each_key_once() -> None:
+    from shop import Order, pay
+
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+
+    say("\n== A double click: two calls, one payment")
+    first = pay.delay(order)
+    second = pay.delay(order)
+    say("\n>>> first, second = pay.delay(order), pay.delay(order)")
+    show("second.duplicate", lambda: second.duplicate)
+    show("first.get()", lambda: first.get(timeout=RESULT_WITHIN))
+    show("first.get() == second.get()", lambda: first.get() == second.get(timeout=RESULT_WITHIN))
+    show("pay.delay(order).get()   # later: the same, and nothing runs", lambda: pay.delay(order).get())
+    other = Order(order_id=order.order_id, amount=Decimal("1990"))
+    show("pay.delay(Order(order_id=order.order_id, amount=1990))", lambda: pay.delay(other))
+
+    say("\n== The same, and the process is killed while it pays")
+    order = Order(order_id=uuid4(), amount=Decimal("19.90"))
+    first = pay.delay(order, seconds=1.0)
+    victim = running_in(first.id)
+    say(f"\npay.delay(order) runs in process {victim}; kill -9 {victim}")
+    os.kill(victim, signal.SIGKILL)
+    second = pay.delay(order, seconds=1.0)
+    show("first.get() == second.get()", lambda: first.get(RESULT_WITHIN) == second.get(RESULT_WITHIN))
+
+
 def wrong_calls() -> None:
     import celery
     from shop import Order, app, charge, exchange_rate
@@ -191,6 +217,7 @@ def demo() -> None:
         say(f"ready after {time.perf_counter() - started:.1f} s")
         sys.path.insert(0, str(HERE))
         typed_calls()
+        each_key_once()
         wrong_calls()
         crashes()
         retries(log)

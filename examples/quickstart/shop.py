@@ -1,5 +1,5 @@
 """
-A small shop: everything an app needs, and seven tasks.
+A small shop: everything an app needs, and eight tasks.
 
 Run its worker with Celery's own command::
 
@@ -12,11 +12,11 @@ import os
 import time
 from decimal import Decimal
 from typing import Annotated, Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from pydantic import BaseModel, Field
 
-from celerykit import Backoff, CeleryKit, Retry, Task
+from celerykit import Backoff, CeleryKit, Key, Once, Retry, Task
 
 # The broker and everything else come from the environment: CELERY_BROKER_URL, CELERY_RESULT_BACKEND, ...
 app = CeleryKit("shop")
@@ -25,7 +25,7 @@ Currency = Literal["EUR", "USD"]
 
 
 class Order(BaseModel):
-    order_id: UUID
+    order_id: Annotated[UUID, Key()]
     amount: Annotated[Decimal, Field(gt=0)]
 
 
@@ -39,6 +39,18 @@ class Receipt(BaseModel):
 def charge(order: Order, *, currency: Currency = "EUR") -> Receipt:
     """Charge an order; what comes in and goes out are models."""
     return Receipt(order_id=order.order_id, charged=order.amount, currency=currency)
+
+
+class Payment(BaseModel):
+    order_id: UUID
+    number: UUID
+
+
+@app.task(once=Once())
+def pay(order: Order, *, seconds: float = 0.3) -> Payment:
+    """Take the money, once for each order: its id is the key."""
+    time.sleep(seconds)
+    return Payment(order_id=order.order_id, number=uuid4())
 
 
 @app.task

@@ -65,7 +65,7 @@ def test_the_first_screen_works_as_shown(environment: dict[str, str], tmp_path: 
 def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
     program = (
         "from time import monotonic\nfrom typing import Any\nfrom celerykit import Call, CeleryKit, Next\n"
-        + blocks("python")[2]
+        + blocks("python")[3]
         + "app.conf.task_always_eager = True\n@app.task\ndef add(a: int, b: int) -> int:\n    return a + b\n"
         + "print(add.delay(1, 2).get())\n"
     )
@@ -77,16 +77,17 @@ def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
 
 
 def test_the_policies_shown_can_be_declared(tmp_path: Path) -> None:
-    first, policies, _ = blocks("python")
+    first, policies, keys, _ = blocks("python")
     program = (
-        "from celerykit import Backoff, Dead, Retry\n\n"
+        "from datetime import timedelta\nfrom celerykit import Backoff, Concurrent, Dead, Rate, Retry\n\n"
         + first
         + "class CardDeclined(Exception): ...\n"
         + policies
-        + "print(collect.retry_policy.attempts, pay_out.on_crash)"
+        + keys
+        + "print(collect.retry_policy.attempts, pay_out.on_crash, refund.once_policy.keep, len(sync.limit_rules))"
     )
 
-    assert run(program, cwd=tmp_path) == "5 bury\n"
+    assert run(program, cwd=tmp_path) == "5 bury 86400.0 2\n"
 
 
 def test_every_default_that_differs_is_listed() -> None:
