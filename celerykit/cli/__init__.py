@@ -74,6 +74,7 @@ NEED_APP = {
     "check": _CHECK,
     "dead": Lazy("celerykit.cli.dead:dead", "Find, repair and replay what no worker could finish."),
     "explain": Lazy("celerykit.cli.explain:explain", "Tell what a task does, or what became of a message."),
+    "keys": Lazy("celerykit.cli.keys:keys", "Show which calls hold which keys, and let keys go."),
 }
 
 _COMMANDS = {
