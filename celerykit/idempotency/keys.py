@@ -8,6 +8,7 @@ JSON text without spaces, in ASCII, with sorted names, of one of
   with dots between them, and the value as JSON
 - ``{"arguments": {"<parameter>": <value>, …}}`` when nothing is marked
 - ``{"key": "<text>"}`` for one that was given, or that a function made
+- ``{"id": "<task id>"}`` for a call that is remembered by its id
 
 Values are those of `Contract.canonical`: validated, with defaults, by name. So
 a key is the same for every spelling of a call, in every process, and does not
@@ -17,8 +18,9 @@ depend on the order of fields.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -76,14 +78,24 @@ class Keys:
             InvalidOptions: The key cannot be one.
         """
         values = self._contract.canonical(args, kwargs)
-        if key is None and self._policy.key is not None:
-            typed = self._contract.load(*self._contract.dump(args, kwargs))
-            key = self._policy.key(*typed[0], **typed[1])
-        if key is not None:
+        make = self._policy.key if key is None else None
+        if make is not None:
+            key = make(**self._wanted(make, args, kwargs))
+        if make is not None or key is not None:
             return self._of({"key": _text(self._contract.task, key)}, values)
         if not self._paths:
             return Identity(f"{self._contract.task}:{_digest({'arguments': values})}")
         return self._of({"fields": {".".join(map(str, path)): values_at(values, path) for path in self._paths}}, values)
+
+    def _wanted(self, make: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give what *make* names of the typed arguments: the same for every spelling of a call."""
+        contract = self._contract
+        typed = contract.load(*contract.dump(args, kwargs))
+        values = {**contract.parameters.defaults, **contract.parameters.bind(*typed)}
+        parameters = inspect.signature(make).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return values
+        return {parameter.name: values[parameter.name] for parameter in parameters if parameter.name in values}
 
     def _of(self, said: Mapping[str, Any], values: Mapping[str, Any]) -> Identity:
         call = f"{self._contract.fingerprint}:{_digest(values)[:16]}"

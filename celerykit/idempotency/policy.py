@@ -59,8 +59,8 @@ class Once:
             Afterwards the key is free.
 
         key:
-            Makes the key of a call: gets its typed arguments as the task
-            would, and returns text, a number or a UUID.
+            Makes the key of a call: gets those of its typed arguments that it
+            names, defaults too, and returns text, a whole number or a UUID.
 
     A call that has failed for good leaves its key free.
     """
