@@ -19,6 +19,9 @@ __all__ = ["Held", "KeyInUse", "KeyNotFound", "Keyring"]
 #: What a store has before a key.
 _PREFIX = "once:"
 
+#: A key that is not only the beginning of one.
+_WHOLE = re.compile(r".+:[0-9a-f]{32}")
+
 #: How often a key is looked at anew that changes while it is let go.
 _MOST_ROUNDS = 20
 
@@ -137,8 +140,11 @@ class Keyring:
         Raises:
             KeyNotFound: Nobody holds it, or several keys begin so.
         """
-        held = _held(key, self._app.store.read(_PREFIX + key))
-        return held or self._only(key)
+        return self.look(key) or self._only(key)
+
+    def look(self, key: str) -> Held | None:
+        """Give what is known of this very key; ``None`` when nobody holds it."""
+        return _held(key, self._app.store.read(_PREFIX + key))
 
     def of_call(self, task: Any, id: str) -> Held:  # noqa: A002  (Celery's name)
         """
@@ -216,7 +222,10 @@ class Keyring:
             [swapped] = self._app.store.swap(Swap(_PREFIX + held.key, held.version, None, lapsed=lapsed))
             if swapped.done:
                 return held
-            held = _held(held.key, swapped.found) or self._only(held.key)
+            found = _held(held.key, swapped.found)
+            if found is None:
+                raise _not_found(held.key)
+            held = found
         raise StoreUnavailable(f"the key {held.key} has changed {_MOST_ROUNDS} times while it was let go.")
 
     # Walking
@@ -228,6 +237,8 @@ class Keyring:
                 yield held
 
     def _only(self, text: str) -> Held:
+        if _WHOLE.fullmatch(text):
+            raise _not_found(text)
         found: dict[str, Held] = {}  # one may come twice
         for held in self._beginning(text):
             found[held.key] = held
@@ -237,8 +248,12 @@ class Keyring:
             named = [*list(found)[:_NAMED], *(["…"] if len(found) > _NAMED else [])]
             raise KeyNotFound(f"Several keys begin with {text!r}: {', '.join(named)}. Give more of it.")
         if not found:
-            raise KeyNotFound(f"There is no key {text}: nobody holds it, or it was forgotten.")
+            raise _not_found(text)
         return next(iter(found.values()))
+
+
+def _not_found(key: str) -> KeyNotFound:
+    return KeyNotFound(f"There is no key {key}: nobody holds it, or it was forgotten.")
 
 
 def _held(key: str, record: Record | None) -> Held | None:

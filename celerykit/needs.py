@@ -16,7 +16,7 @@ from celerykit.stores import Store
 __all__ = ["check_store", "needs_store", "store_for"]
 
 #: The options of a task that mean nothing without a store, and the attributes they are kept as.
-_NEEDING = {"once": "once_policy", "remember": "remember", "limits": "limits"}
+_NEEDING = {"once": "once_policy", "remember": "remember", "limits": "limit_rules"}
 
 #: So many names fit a sentence.
 _NAMED = 3
@@ -66,6 +66,6 @@ def _refuse(tasks: list[Any]) -> None:
         named.append(f"and {len(tasks) - _NAMED} more")
     problem = (
         f"{', '.join(named)}: this needs a store that all processes share, and neither the broker nor the result "
-        "backend can be one. Name it: CELERYKIT_STORE_URL=redis://localhost:6379/0, say."
+        "backend can be one. Name one: CELERYKIT_STORE_URL=redis://localhost:6379/0, say."
     )
     raise InvalidSettings(problem, [problem])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
 from celerykit.explain.queues import messages
 from celerykit.explain.text import columns, said, shortened, time_of
 from celerykit.headers import Attempt, Headers
+from celerykit.idempotency import State
+from celerykit.keys import Keyring
 from celerykit.retry import spoken
 
 __all__ = ["Life", "Sighting", "life_of", "life_text"]
@@ -75,6 +77,7 @@ def life_of(app: Any, task_id: str) -> Life:
         *_asked("dead letters", lambda: _in_letters(app, task_id)),
         *_asked("result", lambda: _within(_PATIENCE, lambda: [*_in_backend(app, task_id)])),
     )
+    sightings += tuple(_in_store(app, task_id, sightings))
     headers = max((sighting.headers for sighting in sightings), key=lambda found: len(found.ledger))
     return Life(
         id=task_id,
@@ -140,7 +143,13 @@ def _in_letters(app: Any, task_id: str) -> Iterator[Sighting]:
         note = letter.note
         cause = shortened(f"{note.error}: {note.message}") if note.error else ""
         says = ", ".join(filter(None, (note.reason, cause))) + f"; died {time_of(note.died_at)}; letter {note.letter}"
-        headers = Headers(sent_at=note.sent_at, attempt=note.attempts, replay=note.replay, ledger=note.ledger)
+        headers = replace(
+            Headers.of(letter.headers),
+            sent_at=note.sent_at,
+            attempt=note.attempts,
+            replay=note.replay,
+            ledger=note.ledger,
+        )
         yield Sighting(place="dead letters", is_there=True, says=says, task=note.task, headers=headers)
 
 
@@ -155,6 +164,30 @@ def _in_backend(app: Any, task_id: str) -> Iterator[Sighting]:
     if done := meta.get("date_done"):
         says += f", {done}"
     yield Sighting(place="result", is_there=True, says=says, task=meta.get("name"))
+
+
+def _in_store(app: Any, task_id: str, seen: Sequence[Sighting]) -> list[Sighting]:
+    """Look at the key that a message says it has, or has by its id. To find any other, all would have to be read."""
+    key = next((sighting.headers.key for sighting in seen if sighting.headers.key), None)
+    task = app.tasks.get(next((sighting.task for sighting in seen if sighting.task), None))
+    claims = getattr(task, "claims", None)
+    if key is None and claims is not None and claims.keys is None:
+        key = Keyring(app).key_of(task, id=task_id)
+    return [] if key is None else _asked("key", lambda: [_claim(Keyring(app), key, task_id)])
+
+
+def _claim(keyring: Keyring, key: str, task_id: str) -> Sighting:
+    if not keyring.is_shared:
+        return Sighting(place="key", is_there=None, says=f"cannot say: each process keeps {key} in its own memory")
+    held = keyring.look(key)
+    if held is None:
+        return Sighting(place="key", is_there=False, says=f"{key} is free")
+    claim = held.claim
+    whose = "its own" if claim.id == task_id else f"that of call {claim.id}"
+    says = f"{key} is {whose}: {claim.state.value} since {time_of(claim.since)}"
+    if claim.state is State.RUNNING:
+        says += ", its lease has lapsed" if held.has_lapsed else f", {held.lease:.0f} s of its lease are left"
+    return Sighting(place="key", is_there=claim.id == task_id, says=says)
 
 
 def life_text(life: Life) -> str:

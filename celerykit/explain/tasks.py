@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from celerykit.errors import CelerykitError
 from celerykit.explain.text import columns
+from celerykit.idempotency import Key
+from celerykit.marks import paths_of
+from celerykit.needs import needs_store
 from celerykit.retry import Dead, spoken
 
 __all__ = ["Ambiguous", "facts_of", "near", "task_of", "task_text"]
@@ -59,7 +62,27 @@ def facts_of(task: Any) -> dict[str, Any]:
         "time_limit": task.time_limit or conf.task_time_limit,
         "soft_time_limit": task.soft_time_limit or conf.task_soft_time_limit,
         "retry": policy and _facts_of_policy(policy),
+        "once": _facts_of_claims(task),
+        "limits": [str(rule) for rule in task.limit_rules],
+        "on_store_down": task.on_store_down if needs_store(task) else None,
     }
+
+
+def _facts_of_claims(task: Any) -> dict[str, Any] | None:
+    claims = task.claims
+    if claims is None:
+        return None
+    policy = claims.policy
+    return {"key": _key_of(task), "running": policy.running, "done": policy.done, "keep": policy.keep}
+
+
+def _key_of(task: Any) -> list[str] | Literal["id", "function", "arguments"]:
+    """Tell what a call's key is made of: the marked fields, if there are some."""
+    if task.once_policy is None:
+        return "id"
+    if task.once_policy.key is not None:
+        return "function"
+    return [".".join(map(str, path)) for path in paths_of(task.contract.types, Key)] or "arguments"
 
 
 def _facts_of_policy(policy: Any) -> dict[str, Any]:
@@ -111,8 +134,50 @@ def task_text(facts: Mapping[str, Any]) -> str:
         ("on crash", crash[facts["on_crash"]]),
         ("time limit", ", ".join(limits) or "none"),
         ("retry", (facts["retry"] or {}).get("text") or f"no policy; on any error: {Dead()}"),
+        *_store_lines(facts),
     ]
     return "\n".join([facts["task"], *columns(lines)])
+
+
+_KEYS = {
+    "id": "a call's id is its key",
+    "function": "a function makes the key",
+    "arguments": "all arguments together are the key",
+}
+
+_DUPLICATES = {
+    "join": "a second call gets the first one's result",
+    "raise": "a second call is an error",
+    "skip": "a second call does nothing",
+    "reuse": "a second call gets its result",
+    "rerun": "a second call runs",
+}
+
+_DOWN = {
+    "run": "run: without an answer a call runs, though it may be a duplicate",
+    "retry": "retry: without an answer a call is put off",
+    "fail": "fail: without an answer a call is refused",
+}
+
+
+def _store_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Write what a task keeps in the store, if it does."""
+    if once := facts["once"]:
+        key = once["key"]
+        yield (
+            "once",
+            "\n".join(
+                [
+                    _KEYS[key] if isinstance(key, str) else f"the key is {', '.join(key)}",
+                    f"while it is queued or runs: {_DUPLICATES[once['running']]}",
+                    f"when it is done, for {spoken(once['keep'])}: {_DUPLICATES[once['done']]}",
+                ]
+            ),
+        )
+    if facts["limits"]:
+        yield "limits", "\n".join(facts["limits"])
+    if facts["on_store_down"]:
+        yield "store", _DOWN[facts["on_store_down"]]
 
 
 def _type(schema: Mapping[str, Any]) -> str:

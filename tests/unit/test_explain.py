@@ -11,18 +11,22 @@ import time
 from contextlib import nullcontext
 from datetime import timedelta
 from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from click.testing import CliRunner, Result
 from pydantic import BaseModel
 
+from celerykit import Concurrent, Key, Once, Rate
 from celerykit.cli.explain import explain
 from celerykit.dead_letters import Letter, Note
 from celerykit.explain import Ambiguous, facts_of, life, life_of, life_text, near, queues, task_of, task_text
 from celerykit.explain.queues import messages
 from celerykit.headers import HEADER, Attempt, Headers
+from celerykit.idempotency import Turn
+from celerykit.idempotency.claims import Asked
 from celerykit.retry import Backoff, Drop, Retry
+from celerykit.stores.memory import MemoryStore
 
 SECRET = "hunter2"
 
@@ -32,6 +36,10 @@ ID = "7d3c3b4e-0000-4000-8000-000000000001"
 class Order(BaseModel):
     id: int
     note: str = SECRET
+
+
+class Marked(BaseModel):
+    id: Annotated[int, Key()]
 
 
 @pytest.fixture
@@ -100,6 +108,40 @@ def test_a_task_without_a_policy_says_so(shop: Any) -> None:
     assert "result      only failures are stored" in text
     assert "on crash    rerun: " in text
     assert "retry       no policy; on any error: dead letter at once" in text
+
+
+def test_what_a_task_keeps_in_the_store_is_explained(shop: Any) -> None:
+    @shop.task(
+        name="shop.pay", once=Once(running="skip", keep=90), limits=(Rate("100/m"), Concurrent(5, by="order.id"))
+    )
+    def pay(order: Marked) -> None: ...
+
+    text = task_text(facts_of(pay))
+
+    assert text[text.index("  once") :].splitlines() == [
+        "  once        the key is order.id",
+        "              while it is queued or runs: a second call does nothing",
+        "              when it is done, for 1 min 30 s: a second call gets its result",
+        "  limits      Rate('100/m')",
+        "              Concurrent(5, by='order.id')",
+        "  store       retry: without an answer a call is put off",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"once": Once()}, "all arguments together are the key"),
+        ({"once": Once(key=str)}, "a function makes the key"),
+        ({"remember": True, "on_store_down": "fail"}, "a call's id is its key"),
+    ],
+)
+def test_the_key_of_a_call_is_explained(shop: Any, options: Any, says: str) -> None:
+    @shop.task(name="shop.pay", **options)
+    def pay(order: int) -> None: ...
+
+    assert says in task_text(facts_of(pay))
+    assert json.loads(json.dumps(facts_of(pay)))["once"]["done"] == "reuse"
 
 
 def test_celerys_own_tasks_have_no_contract(shop: Any) -> None:
@@ -281,6 +323,62 @@ def test_a_failure_names_its_error_without_secrets(shop: Any) -> None:
     shop.backend.mark_as_failure(ID, OSError(f"no redis://:{SECRET}@h"))
 
     assert seen(shop)["result"].startswith("FAILURE, OSError: no redis://:***@h")
+
+
+@pytest.fixture
+def pay(shop: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A task with keys, whose store others could see, too."""
+    shop._store = MemoryStore()
+    monkeypatch.setattr(shop._store, "is_shared", True)
+
+    @shop.task(name="shop.pay", once=Once())
+    def pay(order: int) -> None: ...
+
+    return pay
+
+
+def test_the_key_of_a_message_is_looked_at(shop: Any, broker: FakeClient, pay: Any) -> None:
+    claims = pay.claims
+    identity = claims.identify((1,), {}, id=None)
+    broker.lists["celery"] = [message(ID, **Headers(key=identity.key).added_to({}))]
+    assert key_seen(shop) == (False, f"{identity.key} is free")
+
+    claims.send(Asked(claims, identity, ID))
+    is_there, says = key_seen(shop)
+    assert is_there
+    assert says.startswith(f"{identity.key} is its own: claimed since 20")
+
+    run = claims.start(identity, ID, Turn(), token="", joined=None, was_sent=True).run
+    assert key_seen(shop)[1].endswith(" UTC, 30 s of its lease are left")
+    claims.give_up(run)
+    assert key_seen(shop)[1].endswith(" UTC, its lease has lapsed")
+
+
+def test_a_key_may_be_another_calls(shop: Any, broker: FakeClient, pay: Any) -> None:
+    identity = pay.claims.identify((1,), {}, id=None)
+    pay.claims.send(Asked(pay.claims, identity, "first"))
+    broker.lists["celery"] = [message(ID, **Headers(key=identity.key).added_to({}))]
+
+    is_there, says = key_seen(shop)
+    assert not is_there
+    assert says.startswith(f"{identity.key} is that of call first: claimed since 20")
+
+
+def test_a_message_that_is_remembered_by_its_id_has_a_key(shop: Any, broker: FakeClient) -> None:
+    @shop.task(name="shop.remembered", remember=True)
+    def remembered(order: int) -> None: ...
+
+    broker.lists["celery"] = [message(ID, task="shop.remembered")]
+
+    is_there, says = key_seen(shop)
+    assert is_there is None
+    assert "in its own memory" in says
+
+
+def key_seen(app: Any) -> tuple[bool | None, str]:
+    *_, last = life_of(app, ID).sightings
+    assert last.place == "key"
+    return last.is_there, last.says
 
 
 def test_a_broker_that_cannot_be_looked_into_says_so(shop: Any) -> None:
