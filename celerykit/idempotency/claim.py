@@ -59,7 +59,7 @@ LEGAL: Mapping[tuple[State | None, Event], State | None] = {
     (None, Event.START): State.RUNNING,
     (State.CLAIMED, Event.START): State.RUNNING,
     (State.WAITING, Event.START): State.RUNNING,
-    (State.RUNNING, Event.START): State.RUNNING,  # whose lease has lapsed, or by its own next turn
+    (State.RUNNING, Event.START): State.RUNNING,  # whose lease has lapsed
     (State.DONE, Event.START): State.RUNNING,  # done="rerun"
     (State.FAILED, Event.START): State.RUNNING,
     (State.RUNNING, Event.PUT_OFF): State.WAITING,
@@ -308,11 +308,12 @@ def _on_own(found: Claim, *, turn: Turn, is_lapsed: bool, may_rerun: bool) -> An
         return Answer.REUSE
     if turn < found.turn:
         return Answer.RESUME if found.resume is not None else Answer.DROP
-    if found.state is not State.RUNNING or turn > found.turn:
+    if found.state is not State.RUNNING:
         return Answer.GO
     if not is_lapsed:
         return Answer.WAIT
-    return Answer.GO if may_rerun else Answer.BURY
+    # What has a next turn has not been interrupted: it has sent that itself.
+    return Answer.GO if may_rerun or turn > found.turn else Answer.BURY
 
 
 def _on_anothers(found: Claim, *, is_lapsed: bool, policy: Once, may_rerun: bool) -> Answer:

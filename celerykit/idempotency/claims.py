@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from celerykit.errors import InvalidOptions, StoreUnavailable
@@ -276,8 +276,8 @@ class Claims:
                 policy=self.policy,
                 may_rerun=self.may_rerun,
             )
-            # A run may be taken over if it was not renewed in the meantime; its own next turn may start at once.
-            is_taken_over = _is_running(found) and answer in _AFTER_A_RUN and not (found.id == id and turn > found.turn)
+            # A run may be taken over if it was not renewed in the meantime.
+            is_taken_over = found is not None and found.state is State.RUNNING and answer in _AFTER_A_RUN
             if found is not None and self.has_ended(name, found, is_gone=is_taken_over):
                 continue
             if answer is not Answer.GO:
@@ -490,10 +490,6 @@ def _claim_in(record: Record | None) -> Claim | None:
     except (ValueError, TypeError, KeyError):
         # Nobody's: as free as if it were not there, and overwritten by its version.
         return None
-
-
-def _is_running(claim: Claim | None) -> TypeGuard[Claim]:
-    return claim is not None and claim.state is State.RUNNING
 
 
 def _is_lapsed(record: Record | None) -> bool:
