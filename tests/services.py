@@ -11,13 +11,16 @@ the test run. Start them from the main thread (see `celerykit.dev.processes.Proc
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
+import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,12 +30,37 @@ import pytest
 from celerykit.dev.processes import Process, say_exit
 from celerykit.dev.servers import Fsync, Server, ServerFailed, ServerNotFound, find_binary, free_port
 
-__all__ = ["RabbitMQ", "Worker", "eventually", "frozen", "missing", "rabbitmq", "refused", "valkey", "worker"]
+__all__ = [
+    "PostgreSQL",
+    "RabbitMQ",
+    "Worker",
+    "eventually",
+    "frozen",
+    "missing",
+    "postgresql",
+    "rabbitmq",
+    "refused",
+    "sentinel",
+    "valkey",
+    "worker",
+]
 
 _TICK = 0.02
 
 #: Debian's and RPM's `rabbitmq-server` on PATH changes to the user of the system's service; this one does not.
 _RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
+
+#: Where Debian has PostgreSQL's programs, version by version; only some of them are on PATH.
+_POSTGRESQL = "/usr/lib/postgresql"
+
+#: What runs before PostgreSQL where we are root, which it refuses: become somebody else, then the command. Whoever
+#: changes its user loses the wish for a signal at the death of its parent.
+_AS_USER = (
+    "import ctypes, os, sys\n"
+    "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))\n"
+    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15)\n"  # PR_SET_PDEATHSIG, SIGTERM
+    "os.execv(sys.argv[3], sys.argv[3:])\n"
+)
 
 
 def missing(what: str, *, get_it_with: str) -> NoReturn:
@@ -170,6 +198,165 @@ class RabbitMQ:
             "RABBITMQ_LOGS": "-",
             "RABBITMQ_PID_FILE": str(folder / "pid"),
         }
+
+
+@contextmanager
+def postgresql() -> Iterator[PostgreSQL]:
+    """Run a PostgreSQL server on a loopback port. It takes about two seconds to set up: share it."""
+    binaries = _find_postgresql()
+    if binaries is None:
+        missing("PostgreSQL", get_it_with="apt-get install postgresql")
+    folder = Path(tempfile.mkdtemp(prefix="celerykit-postgresql-"))
+    server = PostgreSQL(binaries, folder=folder)
+    try:
+        server.set_up()
+        try:
+            server.start()
+        except ServerFailed:
+            # Somebody may have taken the port since it was found free.
+            server.kill()
+            server.port = free_port()
+            server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _find_postgresql() -> Path | None:
+    versions = sorted(Path(_POSTGRESQL).glob("*/bin/postgres"), key=lambda path: float(path.parts[-3]))
+    found = versions[-1] if versions else shutil.which("postgres")
+    return Path(found).resolve().parent if found else None
+
+
+class PostgreSQL:
+    """
+    A PostgreSQL server of its own, which trusts everybody on this machine.
+
+    Only the user ``guarded`` needs a password, ``right``.
+
+    Attributes:
+        url:
+            For a store. The same after `stop`, `kill` and `start`.
+    """
+
+    def __init__(self, binaries: Path, *, folder: Path) -> None:
+        self.port = free_port()
+        self._binaries = binaries
+        self._folder = folder
+        self._data = folder / "data"
+        self._process: Process | None = None
+        self._prefix: list[str] = []
+        if os.geteuid() == 0:
+            user = _first_user("postgres", "nobody")
+            os.chown(folder, user.pw_uid, user.pw_gid)
+            self._prefix = [sys.executable, "-I", "-S", "-c", _AS_USER, str(user.pw_uid), str(user.pw_gid)]
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def guarded_url(self) -> str:
+        """The same for a user with a password, which is left to fill in."""
+        return f"postgresql://guarded:{{}}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def pid(self) -> int | None:
+        """Its first process, while it runs."""
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
+
+    @property
+    def log(self) -> str:
+        return (self._folder / "log").read_text(errors="replace")
+
+    def set_up(self) -> None:
+        """Make its folder of data."""
+        options = ["--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C"]
+        self._run("initdb", "--pgdata", str(self._data), *options)
+        rules = self._data / "pg_hba.conf"
+        rules.write_text("host all guarded 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
+        sql = "CREATE ROLE guarded LOGIN SUPERUSER PASSWORD 'right';\n"
+        self._run("postgres", "--single", "-D", str(self._data), "postgres", said=sql)
+
+    def start(self, *, within: float = 20.0) -> None:
+        """Start it, and come back when it takes connections."""
+        with (self._folder / "log").open("ab") as log:
+            options = ["-c", "listen_addresses=127.0.0.1", "-c", f"port={self.port}", "-c", "fsync=off"]
+            command = [*self._command("postgres"), "-D", str(self._data), "-k", str(self._folder), *options]
+            self._process = process = Process(command, output=log, cwd=self._folder)
+        _until(self._is_ready, process, within=within, what=lambda: f"PostgreSQL: {self.log[-2000:]}")
+
+    def stop(self) -> None:
+        """End it as an operator would, without waiting for its clients."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.stop(grace=20.0)
+            self._process = None
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self._process is None:
+            return
+        # Each is in a group of its own.
+        sessions = psutil.Process(self._process.pid).children() if self.pid else []
+        self._process.kill_group()
+        for session in sessions:
+            with suppress(psutil.NoSuchProcess):
+                session.kill()
+        psutil.wait_procs(sessions, timeout=5.0)
+        self._process = None
+
+    def _command(self, program: str) -> list[str]:
+        return [*self._prefix, str(self._binaries / program)]
+
+    def _run(self, program: str, *options: str, said: str = "") -> None:
+        ended = subprocess.run(
+            [*self._command(program), *options],
+            input=said,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if ended.returncode:
+            raise ServerFailed(f"{program} {say_exit(ended.returncode)}: {ended.stderr[-2000:]}")
+
+    def _is_ready(self) -> bool:
+        # It keeps notes: its process id first, and its state last. A crash leaves them behind.
+        try:
+            notes = (self._data / "postmaster.pid").read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        return len(notes) > 7 and notes[0] == str(self.pid) and notes[7].strip() == "ready"
+
+
+def _first_user(*names: str) -> pwd.struct_passwd:
+    for name in names:
+        with suppress(KeyError):
+            return pwd.getpwnam(name)
+    missing("user to run PostgreSQL as", get_it_with="run the tests as anybody but root")
+
+
+@contextmanager
+def sentinel(server: Server, *, name: str = "shop") -> Iterator[str]:
+    """Watch over a Valkey *server* that listens on a port, and give the Sentinel's URL; it asks nobody else."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="celerykit-sentinel-") as folder:
+        config = Path(folder) / "sentinel.conf"
+        config.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+            f"sentinel monitor {name} 127.0.0.1 {server.port} 1\n"
+            f"sentinel down-after-milliseconds {name} 500\n"
+            f"sentinel failover-timeout {name} 3000\n"
+        )
+        with (Path(folder) / "log").open("wb") as log:
+            process = Process([str(server.binary), str(config), "--sentinel"], output=log)
+        try:
+            _until(lambda: _answers(port, b"PING\r\n"), process, within=10.0, what=lambda: "the Sentinel")
+            yield f"sentinel://127.0.0.1:{port}/0?master_name={name}"
+        finally:
+            process.kill_group()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ have a time to live. Clients are imported when a store of their kind is opened.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,10 @@ from celerykit.settings import settle
 __all__ = ["Hold", "New", "Record", "Store", "Swap", "Swapped", "default_url", "open_store"]
 
 _REDIS = frozenset({"redis", "rediss", "redis+socket", "sentinel"})
+
+#: As SQLAlchemy writes it, as Celery does for results, and as Kombu does for a broker.
+_SQL = re.compile(r"(db\+|sqla\+)?(postgres|postgresql|sqlite)(\+\w+)?://", re.IGNORECASE)
+_IN_MEMORY = re.compile(r"sqlite(\+\w+)?:///?([?:].*)?$", re.IGNORECASE)
 
 
 class Record(NamedTuple):
@@ -76,6 +81,13 @@ class Swap(NamedTuple):
     expected: str | None
     new: New | None
     lapsed: bool = False
+
+    def fits(self, found: Record | None) -> bool:
+        """Tell whether it may be done where *found* stands."""
+        if found is None or self.expected is None:
+            return found is None and self.expected is None
+        has_lapsed = found.lease is None or found.lease <= 0
+        return found.version == self.expected and (has_lapsed or not self.lapsed)
 
 
 class Swapped(NamedTuple):
@@ -193,7 +205,9 @@ def open_store(
     Args:
         url:
             ``redis://``, ``rediss://``, ``redis+socket:///path?virtual_host=0``,
-            the same with ``valkey``, ``sentinel://``, or ``memory://``.
+            the same with ``valkey``, ``sentinel://``, ``postgresql://``,
+            ``sqlite:///path``, or ``memory://``. As Celery and Kombu write
+            them, too: ``db+postgresql://``, ``sqla+sqlite:///path``.
 
         timeout:
             Seconds to connect in, and to wait for an answer.
@@ -220,21 +234,44 @@ def open_store(
         from celerykit.stores.redis import RedisStore
 
         return RedisStore(url, timeout=timeout, prefix=prefix, tls=tls or {}, options=options or {})
+    if _SQL.match(url):
+        return _open_sql(url, timeout=timeout, prefix=prefix)
     raise InvalidSettings(
         "CELERYKIT_STORE_URL: a store is at redis://, rediss://, redis+socket:// (or the same with valkey), "
-        "sentinel://, or memory://."
+        "sentinel://, postgresql://, sqlite:///path, or memory://."
     )
 
 
 def default_url(broker: str, backend: str | None) -> str:
-    """Pick the store's URL: the broker or the result backend, whichever is Redis or Valkey; else memory."""
-    urls = (_used(url) for url in (broker, backend) if url)
-    return next((url for url in urls if _scheme(settle(url)) in _REDIS), "memory://")
+    """
+    Pick the store's URL.
+
+    The broker or the result backend, whichever is Redis, Valkey or a Sentinel;
+    else whichever is PostgreSQL or a SQLite file; else memory.
+    """
+    urls = [_used(url) for url in (broker, backend) if url]
+    redis = (url for url in urls if _scheme(settle(url)) in _REDIS)
+    sql = (url for url in urls if _SQL.match(url) and not _IN_MEMORY.search(url))
+    return next(redis, None) or next(sql, "memory://")
+
+
+def _open_sql(url: str, *, timeout: float, prefix: str) -> Store:
+    try:
+        from celerykit.stores.sql import SqlStore
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("sqlalchemy"):
+            raise
+        raise InvalidSettings(
+            "CELERYKIT_STORE_URL: a store in an SQL database needs SQLAlchemy: pip install 'celerykit[sql]'."
+        ) from error
+    return SqlStore(url, timeout=timeout, prefix=prefix)
 
 
 def _used(url: str) -> str:
     """Return the first of several URLs: a store that moves forgets what it knew. Sentinels are asked in turn."""
-    return url.strip() if _scheme(url.strip()) == "sentinel" else url.split(";")[0].strip()
+    url = url.strip()
+    is_one = _scheme(url) == "sentinel" or _SQL.match(url)
+    return url if is_one else url.split(";")[0].strip()
 
 
 def _scheme(url: str) -> str:

@@ -188,7 +188,7 @@ class MemoryStore:
 
     def _swap(self, swap: Swap) -> Swapped:
         found = self._record(swap.key)
-        if not _fits(found, swap):
+        if not swap.fits(found):
             return Swapped(done=False, found=found)
         if swap.new is None:
             self._records.pop(swap.key, None)
@@ -225,10 +225,3 @@ class MemoryStore:
             raise StoreUnavailable(
                 f"the store in this process's memory is full ({self._most} keys). Name another in CELERYKIT_STORE_URL."
             )
-
-
-def _fits(found: Record | None, swap: Swap) -> bool:
-    if found is None or swap.expected is None:
-        return found is None and swap.expected is None
-    has_lapsed = found.lease is None or found.lease <= 0
-    return found.version == swap.expected and (has_lapsed or not swap.lapsed)

@@ -59,23 +59,23 @@ class RedisStore:
 
     def add(self, key: str, *, ttl: float) -> int:
         """Add one to a count, and return it."""
-        return int(self._run(scripts.ADD, self._prefix + key, _milliseconds(ttl)))
+        return int(self._run(scripts.ADD, self._count_key(key), _milliseconds(ttl)))
 
     def subtract(self, key: str) -> None:
         """Take one off a count, but never below 0."""
-        self._run(scripts.SUBTRACT, self._prefix + key)
+        self._run(scripts.SUBTRACT, self._count_key(key))
 
     def mark(self, key: str, value: str, *, ttl: float) -> str | None:
         """Set *key* unless it is set, and return what was there."""
-        return _text(self._run(scripts.MARK, self._prefix + key, value, _milliseconds(ttl)))
+        return _text(self._run(scripts.MARK, self._count_key(key), value, _milliseconds(ttl)))
 
     def get(self, key: str) -> str | None:
         """Return a mark or a count."""
-        return _text(self._ask(lambda client: client.get(self._prefix + key)))
+        return _text(self._ask(lambda client: client.get(self._count_key(key))))
 
     def delete(self, key: str) -> None:
         """Forget *key*."""
-        self._ask(lambda client: client.delete(self._prefix + key))
+        self._ask(lambda client: client.delete(self._count_key(key)))
 
     # Records
 
@@ -104,23 +104,23 @@ class RedisStore:
 
     def find(self, prefix: str) -> Iterator[tuple[str, Record]]:
         """Walk through the records whose keys begin so; one may come twice."""
-        start = len(self._record_key(""))
+        start = self._record_key("")
         for names in self._names(self._record_key(prefix)):
             replies = self._run_all((scripts.READ, name) for name in names)
             for name, reply in zip(names, replies, strict=True):
                 record = _record(reply)
                 if record is not None:
-                    yield name[start:], record
+                    yield str(_text(name.removeprefix(start))), record
 
     # Slots
 
     def take(self, key: str, holder: str, *, limit: int, ttl: float) -> float:
         """Take one of *limit* slots, or tell in how many seconds the next one is free."""
-        return _seconds(self._run(scripts.TAKE, self._slots_key(key), holder, limit, _microseconds(ttl)))
+        return _seconds(self._run(scripts.TAKE, self._slots_key(key), _sent(holder), limit, _microseconds(ttl)))
 
     def give(self, key: str, holder: str) -> None:
         """Give a slot back."""
-        self._ask(lambda client: client.zrem(self._slots_key(key), holder))
+        self._ask(lambda client: client.zrem(self._slots_key(key), _sent(holder)))
 
     def close(self) -> None:
         """Let connections go."""
@@ -128,15 +128,18 @@ class RedisStore:
         if client is not None and self._pid == os.getpid():
             client.close()
 
-    def _record_key(self, key: str) -> str:
-        return f"{self._prefix}record:{key}"
+    def _count_key(self, key: str) -> bytes:
+        return _sent(f"{self._prefix}{key}")
 
-    def _slots_key(self, key: str) -> str:
-        return f"{self._prefix}slots:{key}"
+    def _record_key(self, key: str) -> bytes:
+        return _sent(f"{self._prefix}record:{key}")
 
-    def _names(self, prefix: str) -> Iterator[list[str]]:
+    def _slots_key(self, key: str) -> bytes:
+        return _sent(f"{self._prefix}slots:{key}")
+
+    def _names(self, prefix: bytes) -> Iterator[list[bytes]]:
         """Walk through the names of keys, a few at a time."""
-        pattern, cursor = re.sub(r"([\\*?\[\]])", r"\\\1", prefix) + "*", 0
+        pattern, cursor = re.sub(rb"([\\*?\[\]])", rb"\\\1", prefix) + b"*", 0
         while True:
             cursor, names = self._ask(partial(_scan, cursor=cursor, pattern=pattern))
             for start in range(0, len(names), _READ_AT_ONCE):
@@ -144,7 +147,7 @@ class RedisStore:
             if not cursor:
                 return
 
-    def _run(self, script: str, key: str, *arguments: Any) -> Any:
+    def _run(self, script: str, key: bytes, *arguments: Any) -> Any:
         # Not EVALSHA: a server that has restarted would need a second round trip.
         return self._ask(lambda client: client.eval(script, 1, key, *arguments))
 
@@ -216,9 +219,9 @@ def _of_master(sentinels: Sentinels, options: Mapping[str, Any], *, timeout: flo
     return master
 
 
-def _scan(client: redis.Redis, *, cursor: int, pattern: str) -> tuple[int, list[str]]:
+def _scan(client: redis.Redis, *, cursor: int, pattern: bytes) -> tuple[int, list[bytes]]:
     cursor, names = client.scan(cursor, match=pattern, count=_LOOK_AT)
-    return cursor, [_text(name) or "" for name in names]
+    return cursor, cast("list[bytes]", names)
 
 
 def _asked(swap: Swap) -> list[Any]:
@@ -233,7 +236,7 @@ def _record(reply: Any) -> Record | None:
     if reply is None:
         return None
     version, data, *lease = reply
-    return Record(version.decode(), data.decode(), _seconds(lease[0]) if lease else None)
+    return Record(str(_text(version)), str(_text(data)), _seconds(lease[0]) if lease else None)
 
 
 def _milliseconds(ttl: float) -> int:
@@ -246,6 +249,11 @@ def _microseconds(seconds: float) -> int:
 
 def _seconds(reply: bytes) -> float:
     return int(reply) / 1_000_000
+
+
+def _sent(text: str) -> bytes:
+    # Half a character, which the client does not send, in a stranger's id is no reason to fail.
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _text(reply: Any) -> str | None:

@@ -1,16 +1,18 @@
 """
 Several processes that want the same of one store, at once.
 
-Run in a process of its own, which forks before it has any thread. What the
-store is told comes as JSON, and so does what came of it.
+They are forked by a process of their own, which has no thread. What to do comes
+to it as JSON, and what came of it goes back so.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from celerykit.stores import New, Store, Swap, open_store
@@ -65,6 +67,29 @@ ACTS: dict[str, Callable[[Store, int, int], bool]] = {
 }
 
 
+def crowd(url: str, act: str, *, rounds: int, warm: bool = False, processes: int = 8) -> list[list[int]]:
+    """
+    Let processes do the same at once, and tell the rounds that each of them won.
+
+    Args:
+        warm:
+            Whether the process they are forked from has used the store before.
+    """
+    told = {"url": url, "act": act, "rounds": rounds, "warm": warm, "processes": processes}
+    ended = subprocess.run(
+        [sys.executable, "-m", "tests.integration.stores_crowd", json.dumps(told)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads(ended.stdout)
+    assert (said["codes"], ended.stderr) == ([0] * processes, "")
+    wins: list[list[int]] = said["wins"]
+    return wins
+
+
 def main() -> None:
     told: dict[str, Any] = json.loads(sys.argv[1])
     store = open_store(told["url"], timeout=20)
@@ -73,17 +98,16 @@ def main() -> None:
         store.get("warm-up")
     barrier = _context.Barrier(told["processes"])
     queue: Any = _context.SimpleQueue()
-    crowd = [
-        _context.Process(target=run, args=(store, told, number, barrier, queue)) for number in range(told["processes"])
-    ]
-    for process in crowd:
+    numbers = range(told["processes"])
+    workers = [_context.Process(target=run, args=(store, told, number, barrier, queue)) for number in numbers]
+    for process in workers:
         process.start()
-    wins = [queue.get() for _ in crowd]
-    for process in crowd:
+    wins = [queue.get() for _ in workers]
+    for process in workers:
         process.join(10)
     # The parent's own connections still work.
     store.get("warm-up")
-    print(json.dumps({"wins": wins, "codes": [process.exitcode for process in crowd]}))
+    print(json.dumps({"wins": wins, "codes": [process.exitcode for process in workers]}))
 
 
 def run(store: Store, told: dict[str, Any], number: int, barrier: Any, queue: Any) -> None:

@@ -6,27 +6,24 @@ Time is not waited for: each bench makes its store believe that it has gone by.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from sqlalchemy import create_engine
 
 from celerykit.dev.servers import Server
 from celerykit.stores import Hold, New, Record, Store, Swap, Swapped, open_store
 from celerykit.stores.memory import MemoryStore
+from celerykit.stores.sql import SqlStore
 from tests import services
+from tests.integration.stores_crowd import crowd
 from tests.unit.test_stores_model import Comparison
-
-ROOT = Path(__file__).parents[2]
 
 #: Lets each key of a Redis believe that it is so many seconds older.
 _AGE = """
@@ -71,6 +68,12 @@ def valkey() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[services.PostgreSQL]:
+    with services.postgresql() as server:
+        yield server
+
+
 def memory_bench(request: Any) -> Iterator[Bench]:
     now = [0.0]
 
@@ -97,12 +100,63 @@ def valkey_bench(request: Any) -> Iterator[Bench]:
         store.close()
 
 
-BENCHES = {"memory": memory_bench, "valkey": valkey_bench}
+def sqlite_bench(request: Any) -> Iterator[Bench]:
+    path = request.getfixturevalue("tmp_path") / "store.sqlite"
+    yield from sql_bench(f"sqlite:///{path}", driver=f"sqlite:///{path}")
+
+
+def postgresql_bench(request: Any) -> Iterator[Bench]:
+    server: services.PostgreSQL = request.getfixturevalue("postgresql")
+    yield from sql_bench(server.url, driver=server.url.replace("postgresql:", "postgresql+psycopg:"))
+
+
+def sql_bench(url: str, *, driver: str) -> Iterator[Bench]:
+    store = open_store(url, timeout=5)
+    assert isinstance(store, SqlStore)
+    store.get("make the tables")
+    engine = create_engine(driver)
+
+    def run(*statements: str) -> list[Any]:
+        with engine.begin() as connection:
+            return [connection.exec_driver_sql(statement) for statement in statements]
+
+    def pass_time(seconds: float) -> None:
+        run(
+            f"UPDATE celerykit_counts SET expires = expires - {seconds}",
+            f"UPDATE celerykit_records SET expires = expires - {seconds}, lease_ends = lease_ends - {seconds}",
+            f"UPDATE celerykit_slots SET ends = ends - {seconds}",
+        )
+
+    def held() -> int:
+        while store.sweep():
+            pass
+        with engine.begin() as connection:
+            return sum(connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one() for table in TABLES)
+
+    def empty() -> None:
+        run(*(f"DELETE FROM {table}" for table in TABLES))
+
+    empty()
+    yield Bench(url.partition(":")[0], url, store, pass_time, held, empty)
+    store.close()
+    engine.dispose()
+
+
+TABLES = ("celerykit_counts", "celerykit_records", "celerykit_slots")
+
+SHARED = {"valkey": valkey_bench, "sqlite": sqlite_bench, "postgresql": postgresql_bench}
+BENCHES = {"memory": memory_bench, **SHARED}
 
 
 @pytest.fixture(params=list(BENCHES))
 def bench(request: Any) -> Iterator[Bench]:
     yield from BENCHES[request.param](request)
+
+
+@pytest.fixture(params=list(SHARED))
+def shared(request: Any) -> Iterator[Bench]:
+    """A store that several processes can share."""
+    yield from SHARED[request.param](request)
 
 
 @pytest.fixture
@@ -317,7 +371,7 @@ def test_counts_records_and_slots_do_not_know_each_other(store: Store) -> None:
 
 
 def test_any_text_is_a_key_a_version_a_holder_or_data(store: Store) -> None:
-    texts = ["", " ", "ключ", "🔑", "a%b_c", "it's", '"', "\\", "{a}b", "*", "[x]?", "line\nbreak", "x" * 500]
+    texts = ["", " ", "ключ", "🔑", "a%b_c", "it's", '"', "\\", "{a}b", "*", "[x]?", "line\nbreak", "x" * 250]
     for text in texts:
         put(store, text, version=f"v{text}", data=text)
         assert store.take(text, text, limit=1, ttl=60) == 0
@@ -330,6 +384,17 @@ def test_any_text_is_a_key_a_version_a_holder_or_data(store: Store) -> None:
     assert {key for key, _ in store.find("")} == set(texts)
     for text in ("*", "[x]", "a%", "a%b_", "A", "\\", "клю"):
         assert {key for key, _ in store.find(text)} == {key for key in texts if key.startswith(text)}
+
+
+def test_what_a_stranger_may_write_into_an_id_is_a_key_too(store: Store) -> None:
+    for text in ("x" * 5000, "ж" * 5000, "\0", "\ud83d", "a\0\udc00"):
+        put(store, text, version="1")
+        assert store.read(text) == Record("1", "data", None)
+        assert store.take(text, text, limit=1, ttl=60) == 0
+        assert store.take(text, f"{text}!", limit=1, ttl=60) > 0
+        assert [store.add(text, ttl=60), store.add(text, ttl=60)] == [1, 2]
+        store.give(text, text)
+        assert store.take(text, f"{text}!", limit=1, ttl=60) == 0
 
 
 def test_a_record_may_be_large(store: Store) -> None:
@@ -482,61 +547,41 @@ def test_of_threads_one_wins_and_no_more_hold_slots_than_there_are(store: Store)
     assert sum(taken for _, taken in outcomes) == 3
 
 
-def crowd(bench: Bench, act: str, *, rounds: int, warm: bool = False, processes: int = 8) -> list[list[int]]:
-    """Let processes do the same at once, and tell the rounds that each of them won."""
-    if not bench.store.is_shared:
-        pytest.skip("not shared between processes")
-    told = {"url": bench.url, "act": act, "rounds": rounds, "warm": warm, "processes": processes}
-    ended = subprocess.run(
-        [sys.executable, "-m", "tests.integration.stores_crowd", json.dumps(told)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    assert ended.returncode == 0, ended.stderr
-    said = json.loads(ended.stdout)
-    assert said["codes"] == [0] * processes, ended.stderr
-    assert ended.stderr == ""
-    wins: list[list[int]] = said["wins"]
-    return wins
-
-
-def test_of_processes_one_claims_each_key(bench: Bench) -> None:
-    wins = crowd(bench, "claim", rounds=40)
+def test_of_processes_one_claims_each_key(shared: Bench) -> None:
+    wins = crowd(shared.url, "claim", rounds=40)
 
     assert sorted(round_ for mine in wins for round_ in mine) == list(range(40))
 
 
-def test_no_process_overwrites_what_another_just_wrote(bench: Bench) -> None:
-    crowd(bench, "take_over", rounds=10)
+def test_no_process_overwrites_what_another_just_wrote(shared: Bench) -> None:
+    crowd(shared.url, "take_over", rounds=10)
 
-    record = bench.store.read("k")
+    record = shared.store.read("k")
     assert record is not None
     assert record.version.startswith("80:")
 
 
-def test_processes_claim_many_keys_at_once_in_any_order(bench: Bench) -> None:
-    wins = crowd(bench, "claim_many", rounds=10)
+def test_processes_claim_many_keys_at_once_in_any_order(shared: Bench) -> None:
+    wins = crowd(shared.url, "claim_many", rounds=10)
 
     assert sorted(round_ for mine in wins for round_ in mine) == list(range(10))
 
 
-def test_processes_never_hold_more_slots_than_there_are(bench: Bench) -> None:
-    wins = crowd(bench, "take", rounds=10)
+def test_processes_never_hold_more_slots_than_there_are(shared: Bench) -> None:
+    wins = crowd(shared.url, "take", rounds=10)
 
     assert sum(map(len, wins)) == 5
 
 
-def test_processes_lose_no_count_and_share_no_mark(bench: Bench) -> None:
-    crowd(bench, "add", rounds=30)
-    wins = crowd(bench, "mark", rounds=20)
+def test_processes_lose_no_count_and_share_no_mark(shared: Bench) -> None:
+    crowd(shared.url, "add", rounds=30)
+    wins = crowd(shared.url, "mark", rounds=20)
 
-    assert bench.store.get("n") == str(8 * 20)
+    assert shared.store.get("n") == str(8 * 20)
     assert sorted(round_ for mine in wins for round_ in mine) == list(range(20))
 
 
-def test_a_forked_process_uses_no_connection_of_its_parent(bench: Bench) -> None:
-    wins = crowd(bench, "claim", rounds=20, warm=True, processes=4)
+def test_a_forked_process_uses_no_connection_of_its_parent(shared: Bench) -> None:
+    wins = crowd(shared.url, "claim", rounds=20, warm=True, processes=4)
 
     assert sorted(round_ for mine in wins for round_ in mine) == list(range(20))
