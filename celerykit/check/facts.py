@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,17 @@ from typing import Any
 
 import celery
 
+from celerykit.idempotency import Key
+from celerykit.needs import needs_store
 from celerykit.settings import Kit, mask_text
 
 __all__ = ["Facts", "QueueFacts", "TaskFacts", "facts_of"]
 
 #: Seconds after which a broker with a visibility timeout delivers again, where nobody says otherwise: Kombu's defaults.
 _VISIBILITY = {"redis": 3600.0, "sqs": 1800.0}
+
+#: Return annotations that say nothing.
+_UNTYPED = (inspect.Parameter.empty, Any)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,21 @@ class TaskFacts:
 
         returns_value:
             Whether its return annotation promises a result that is to be kept.
+
+        returns_untyped:
+            Whether a result is kept of which nobody says what it is.
+
+        needs:
+            Its options that mean nothing without a store.
+
+        keep:
+            Seconds that a call is remembered which is done; None when none is.
+
+        on_done:
+            What a second call does then.
+
+        has_marks:
+            Whether a parameter is marked with ``Key()``.
     """
 
     name: str
@@ -52,7 +73,17 @@ class TaskFacts:
     retry_backoff: float = 0
     retry_backoff_max: float = 600
     returns_value: bool = False
+    returns_untyped: bool = False
     serializer: str = "json"
+    needs: Sequence[str] = ()
+    keep: float | None = None
+    on_done: str = "reuse"
+    has_marks: bool = False
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its calls hold keys: by what they are called with, or by their ids."""
+        return self.keep is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +159,16 @@ class Facts:
     store_is_shared: bool = True
     tasks: Sequence[TaskFacts] = ()
     queues: Sequence[QueueFacts] = ()
+
+    @property
+    def delivered_again_after(self) -> float | None:
+        """Seconds after which a message comes again whose worker is gone; None where it does at once."""
+        return self.kit.lease.total_seconds() if self.broker == "redis" and not self.visibility else self.visibility
+
+    @property
+    def needing_store(self) -> tuple[TaskFacts, ...]:
+        """Those that mean little where each process has a store of its own."""
+        return tuple(task for task in self.tasks if task.needs)
 
     @property
     def delays_natively(self) -> bool:
@@ -219,6 +260,7 @@ def _with_chord(tasks: Sequence[Any]) -> Iterator[str]:
 def _task(task: Any) -> TaskFacts:
     conf = task.app.conf
     contract = getattr(task, "contract", None)
+    claims = getattr(task, "claims", None)
     return TaskFacts(
         name=task.name,
         time_limit=task.time_limit or conf.task_time_limit,
@@ -235,8 +277,17 @@ def _task(task: Any) -> TaskFacts:
         retry_backoff=float(getattr(task, "retry_backoff", 0) or 0),
         retry_backoff_max=float(getattr(task, "retry_backoff_max", 600)),
         returns_value=contract is not None and not contract.returns_nothing and not task.ignore_result,
+        returns_untyped=contract is not None and contract.returns in _UNTYPED and not task.ignore_result,
         serializer=str(task.serializer),
+        needs=needs_store(task),
+        keep=claims.policy.keep if claims else None,
+        on_done=claims.policy.done if claims else "reuse",
+        has_marks=contract is not None and any(map(_is_marked, contract.types.values())),
     )
+
+
+def _is_marked(kind: Any) -> bool:
+    return any(isinstance(mark, Key) or mark is Key for mark in getattr(kind, "__metadata__", ()))
 
 
 def _queue(queue: Any) -> QueueFacts:

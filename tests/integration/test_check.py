@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,7 +19,7 @@ import pytest
 import redis
 from kombu.transport.native_delayed_delivery import declare_native_delayed_delivery_exchanges_and_queues
 
-from celerykit import CeleryKit
+from celerykit import CeleryKit, Once
 from celerykit.check import Report, check_app
 from celerykit.dev.servers import Server
 from tests import services
@@ -35,13 +35,16 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def checked(url: str, backend: str | None = None, **conf: Any) -> Report:
+def checked(
+    url: str, backend: str | None = None, declare: Callable[[Any], None] = lambda app: None, **conf: Any
+) -> Report:
     app = CeleryKit("checked", broker=url, backend=backend, set_as_current=False)
     app.conf.update(conf)
     app.finalize()
     for name in [name for name in app.tasks if not name.startswith("celery.")]:
         # Shared tasks of other tests.
         del app.tasks[name]
+    declare(app)
     return check_app(app, live=True)
 
 
@@ -90,6 +93,34 @@ def test_a_broker_that_evicts_is_refused(kept: Server, admin: Any) -> None:
     admin.config_set("appendfsync", "everysec")
 
     assert codes(checked(kept.url)) == {"redis-evicts": "error", "redis-fsync-everysec": "info"}
+
+
+def with_keys(app: Any) -> None:
+    @app.task(name="shop.charge", once=Once(), shared=False)
+    def charge(order: int) -> int: ...
+
+
+@pytest.mark.parametrize(
+    ("policy", "found"), [("volatile-lru", {"redis-evicts": "error"}), ("noeviction", {})], ids=str
+)
+def test_a_store_that_forgets_keys_is_refused(
+    kept: Server, admin: Any, monkeypatch: pytest.MonkeyPatch, policy: str, found: dict[str, str]
+) -> None:
+    """Also one at the broker's server, in a database of its own."""
+    admin.config_set("maxmemory", "1gb")
+    admin.config_set("maxmemory-policy", policy)
+    monkeypatch.setenv("CELERYKIT_STORE_URL", kept.client_url.replace("/0", "/5"))
+
+    assert codes(checked(kept.url, kept.backend_url, with_keys)) == found
+
+
+def test_a_store_without_append_only_file_is_told(
+    kept: Server, admin: Any, broker: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CELERYKIT_STORE_URL", broker.url)
+
+    assert codes(checked(kept.url, kept.backend_url)) == {}
+    assert codes(checked(kept.url, kept.backend_url, with_keys)) == {"store-no-aof": "warning"}
 
 
 def test_a_user_with_few_rights_is_told_what_is_unknown(kept: Server, admin: Any) -> None:

@@ -9,9 +9,10 @@ import re
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import celery
 import pytest
@@ -19,10 +20,11 @@ from celery.app.defaults import NAMESPACES, flatten
 from click.testing import CliRunner, Result
 
 import celerykit.check.rules
+from celerykit import Key, Once, Rate
 from celerykit.check import Finding, Report
 from celerykit.check.facts import Facts, QueueFacts, TaskFacts, facts_of
 from celerykit.check.findings import named
-from celerykit.check.live import Answers
+from celerykit.check.live import Answers, _merged
 from celerykit.check.live.asking import Unanswered, within
 from celerykit.check.live.rabbitmq import QueueAnswers, RabbitMQAnswers
 from celerykit.check.live.redis import RedisAnswers, ask_redis
@@ -42,6 +44,10 @@ def facts(*, kit: dict[str, Any] | None = None, conf: dict[str, Any] | None = No
 
 def task(**more: Any) -> TaskFacts:
     return TaskFacts(name="shop.charge", **more)
+
+
+#: One whose calls hold keys.
+KEYED = TaskFacts(name="shop.pay", time_limit=5, needs=["once"], keep=3600.0)
 
 
 def queue(**arguments: Any) -> QueueFacts:
@@ -103,6 +109,24 @@ CASES = [
         facts(store_is_shared=False, tasks=[task(on_crash="bury", time_limit=5)]),
         {"bury-without-store": "error", "store-per-process": "info"},
     ),
+    (
+        facts(store_is_shared=False, tasks=[task(needs=["once"], keep=60.0)]),
+        {"needs-store": "error", "store-per-process": "info"},
+    ),
+    (
+        facts(store_is_shared=False, tasks=[task(needs=["limits"])], conf={"task_always_eager": True}),
+        {"always-eager": "warning", "store-per-process": "info"},
+    ),
+    (rabbit(task(needs=["once"], keep=60.0, time_limit=5), kit={"lease": 1}), {"short-lease": "warning"}),
+    (facts(conf={"beat_schedule": {"nightly": {}}}), {"one-beat-only": "info"}),
+    (facts(conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "celerykit.beat:Scheduler"}), {}),
+    (
+        facts(
+            conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "celerykit.beat:Scheduler"}, store_is_shared=False
+        ),
+        {"one-beat-only": "info", "store-per-process": "info"},
+    ),
+    (facts(conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "redbeat.RedBeatScheduler"}), {}),
     (facts(kit={"dead_letter_queue": "celery"}, queues=[queue()]), {"dead-letters-are-work": "error"}),
     (facts(can_join=False, chords=["shop.flows"]), {"chord-without-join": "error"}),
     (facts(can_join=False), {"no-chords": "info"}),
@@ -110,6 +134,19 @@ CASES = [
     # tasks
     (facts(tasks=[task(acks_late=False, reject_on_worker_lost=False)]), {"early-acks": "warning"}),
     (facts(tasks=[task(acks_late=False)]), {"reject-without-late-acks": "warning"}),
+    (facts(tasks=[task(acks_late=False, needs=["once"], keep=60.0)]), {"once-early-acks": "warning"}),
+    (facts(tasks=[task(needs=["once"], keep=29.0)]), {"short-keep": "warning"}),
+    (facts(tasks=[task(needs=["once"], keep=30.0)]), {}),
+    (rabbit(task(needs=["once"], keep=1.0, time_limit=5)), {}),
+    (
+        facts(visibility=3600.0, tasks=[task(needs=["once"], keep=1800.0)], kit={"max_eta": 60}),
+        {"short-keep": "warning"},
+    ),
+    (facts(tasks=[task(needs=["once"], keep=60.0, returns_untyped=True)]), {"once-untyped-result": "info"}),
+    (facts(tasks=[task(needs=["once"], keep=60.0, returns_untyped=True, on_done="rerun")]), {}),
+    (facts(tasks=[task(returns_untyped=True)]), {}),
+    (facts(tasks=[task(has_marks=True, needs=["limits"])]), {"key-unused": "warning"}),
+    (facts(tasks=[task(has_marks=True, needs=["once"], keep=60.0)]), {}),
     (
         facts(tasks=[task(reject_on_worker_lost=False, retry_on_worker_lost=False)]),
         {"crash-not-rerun": "warning"},
@@ -121,6 +158,10 @@ CASES = [
     (
         facts(visibility=60.0, tasks=[task(time_limit=61)], kit={"max_eta": 60}),
         {"limit-over-visibility": "error", "limit-over-grace": "info"},
+    ),
+    (
+        facts(visibility=60.0, tasks=[task(time_limit=61, needs=["once"], keep=3600.0)], kit={"max_eta": 60}),
+        {"limit-over-grace": "info"},
     ),
     (facts(visibility=60.0), {"eta-over-visibility": "warning"}),
     (facts(tasks=[task(on_crash="bury")]), {"bury-at-deploy": "warning"}),
@@ -196,6 +237,17 @@ LIVE_CASES = [
     ({"redis": [redis(policy="allkeys-lru", limit=0)]}, {"redis-evicts": "warning"}),
     ({"redis": [redis(policy="volatile-ttl", limit=1 << 30)]}, {"redis-evicts": "warning"}),
     ({"redis": [redis(policy="allkeys-lru", limit=1 << 30, role="results")]}, {}),
+    ({"redis": [redis(policy="volatile-ttl", limit=1 << 30, is_store=True)]}, {"redis-evicts": "error"}),
+    (
+        {"redis": [redis(policy="allkeys-lru", limit=1 << 30, role="results", is_store=True)]},
+        {"redis-evicts": "error"},
+    ),
+    (
+        {"redis": [redis(policy="volatile-lru", role="store", is_store=True, ahead=60.0)]},
+        {"redis-evicts": "warning"},
+    ),
+    ({"redis": [redis(keeps=False, role="store", is_store=True)]}, {"store-no-aof": "warning"}),
+    ({"redis": [redis(keeps=False, is_store=True)]}, {"redis-no-aof": "error"}),
     ({"redis": [redis(limit=100, used=95)]}, {"redis-nearly-full": "warning"}),
     ({"redis": [redis(is_replica=True)]}, {"redis-replica": "error"}),
     ({"redis": [redis(name="Redis", version=(6, 0, 9))]}, {"redis-old": "error"}),
@@ -245,7 +297,27 @@ LIVE_CASES = [
     ("answers", "findings"), LIVE_CASES, ids=[f"{n}:{'+'.join(c[1])}" for n, c in enumerate(LIVE_CASES)]
 )
 def test_live_rule(answers: dict[str, Any], findings: dict[str, str]) -> None:
-    assert found_live(rabbit() if "rabbitmq" in answers else facts(), **answers) == findings
+    assert found_live(rabbit() if "rabbitmq" in answers else facts(tasks=[KEYED]), **answers) == findings
+
+
+@pytest.mark.parametrize(
+    ("server", "findings"),
+    [
+        (redis(role="store", is_store=True, keeps=False), {}),
+        (redis(role="store", is_store=True, policy="volatile-lru", limit=1 << 30), {"redis-evicts": "warning"}),
+    ],
+)
+def test_a_store_that_no_task_needs_may_forget(server: RedisAnswers, findings: dict[str, str]) -> None:
+    assert found_live(facts(tasks=[task()]), redis=[server]) == findings
+
+
+def test_a_server_is_judged_once_by_all_it_is() -> None:
+    broker, results = redis(run_id="a"), redis(run_id="b", role="results")
+    store = redis(run_id="b", role="store", is_store=True)
+
+    assert _merged([broker, results, store]) == [broker, replace(results, is_store=True)]
+    assert _merged([broker, replace(store, run_id="a")]) == [replace(broker, is_store=True)]
+    assert _merged([broker, replace(store, run_id="c")]) == [broker, replace(store, run_id="c")]
 
 
 def test_a_delivery_limit_below_0_is_for_rabbitmq_4() -> None:
@@ -300,6 +372,32 @@ def test_limits_for_all_tasks_count(make_app: Any) -> None:
     [charge_facts] = [task for task in facts_of(app).tasks if task.name == charge.name]
 
     assert (charge_facts.time_limit, charge_facts.soft_time_limit, charge_facts.returns_value) == (7, 6, False)
+
+
+def test_what_tasks_keep_in_the_store_is_read_off_them(make_app: Any) -> None:
+    app = make_app(broker="redis://nowhere", backend="redis://nowhere")
+
+    @app.task(name="shop.pay", once=Once(done="skip", keep=60), limits=(Rate("1/s"),))
+    def pay(order: Annotated[int, Key()]) -> Any: ...
+
+    @app.task(name="shop.ship", remember=True)
+    def ship(order: int) -> int: ...
+
+    @app.task(name="shop.look")
+    def look(order: int) -> int: ...
+
+    known = {task.name: task for task in facts_of(app).tasks}
+
+    assert (known["shop.pay"].needs, known["shop.pay"].keep, known["shop.pay"].on_done) == (
+        ("once", "limits"),
+        60,
+        "skip",
+    )
+    assert known["shop.pay"].has_marks
+    assert known["shop.pay"].returns_untyped
+    assert (known["shop.ship"].needs, known["shop.ship"].keep) == (("remember",), 86400)
+    assert not known["shop.ship"].has_marks
+    assert (known["shop.look"].needs, known["shop.look"].has_keys) == ((), False)
 
 
 def test_without_leases_the_visibility_timeout_counts(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ Nothing is changed there, and every wait has an end.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from celerykit.check.facts import Facts
@@ -31,7 +32,7 @@ class Answers:
             Why nothing was.
 
         redis:
-            Of each Redis or Valkey: the broker's, the result backend's.
+            Of each Redis or Valkey: the broker's, the result backend's, the store's.
 
         rabbitmq:
             Of the broker, if it is one.
@@ -53,13 +54,13 @@ def ask(app: Any, facts: Facts) -> Answers:
     deadline = facts.kit.publish_deadline.total_seconds()
     broker, broker_problem = _asked(lambda: _ask_broker(app, facts), seconds=_PATIENCE * deadline)
     backend, backend_problem = _asked(lambda: _ask_backend(app, facts), seconds=deadline)
-    _, store_problem = _asked(lambda: _ask_store(app), seconds=deadline)
+    store, store_problem = _asked(lambda: _ask_store(app), seconds=deadline)
     redis, rabbitmq, letters = broker or (None, None, None)
     return Answers(
         broker_problem=broker_problem,
         backend_problem=backend_problem,
         store_problem=store_problem,
-        redis=_merged([answers for answers in (redis, backend) if answers is not None]),
+        redis=_merged([answers for answers in (redis, backend, store) if answers is not None]),
         rabbitmq=rabbitmq,
         letters=letters,
     )
@@ -106,15 +107,20 @@ def _is_redis(client: Any) -> bool:
     return type(client).__module__.partition(".")[0] == "redis"
 
 
-def _ask_store(app: Any) -> None:
+def _ask_store(app: Any) -> RedisAnswers | None:
     store = getattr(app, "store", None)
-    if store is not None:
-        store.get("check")
+    if store is None:
+        return None
+    store.get("check")
+    # With its own connection, address, and words for what goes wrong.
+    return store._ask(partial(ask_redis, role="store")) if hasattr(store, "_ask") else None
 
 
 def _merged(answers: Sequence[RedisAnswers]) -> list[RedisAnswers]:
-    """Keep each server once, in its weightier role: the first."""
+    """Keep each server once, in its weightiest role: the first."""
     kept: dict[str, RedisAnswers] = {}
     for answer in answers:
-        kept.setdefault(answer.run_id or answer.role, answer)
+        server = answer.run_id or answer.role
+        known = kept.get(server, answer)
+        kept[server] = replace(known, is_store=known.is_store or answer.is_store)
     return list(kept.values())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import redis
 
 __all__ = ["RedisAnswers", "ask_redis"]
+
+Role: TypeAlias = Literal["broker", "results", "store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,10 +21,13 @@ class RedisAnswers:
 
     Attributes:
         role:
-            What it is to the app.
+            What it is to the app, before all else.
+
+        is_store:
+            Whether counts, marks and keys are there.
 
         run_id:
-            Its own, to know it again.
+            Its own, to know it again; its address, if it would not say.
 
         keeps:
             Whether it writes an append-only file.
@@ -46,7 +51,8 @@ class RedisAnswers:
             What it would not say.
     """
 
-    role: Literal["broker", "results"]
+    role: Role
+    is_store: bool = False
     name: str = "Redis"
     version: tuple[int, ...] | None = None
     run_id: str = ""
@@ -62,7 +68,7 @@ class RedisAnswers:
     untold: tuple[str, ...] = ()
 
 
-def ask_redis(client: Any, *, role: Literal["broker", "results"]) -> RedisAnswers:
+def ask_redis(client: Any, *, role: Role) -> RedisAnswers:
     """Ask with as few rights as possible: managed servers refuse CONFIG, and most else is in INFO."""
     untold: list[str] = []
     server = _or_untold(untold, "INFO", lambda: dict(client.info())) or {}
@@ -71,9 +77,10 @@ def ask_redis(client: Any, *, role: Literal["broker", "results"]) -> RedisAnswer
     is_valkey = "valkey_version" in server
     return RedisAnswers(
         role=role,
+        is_store=role == "store",
         name="Valkey" if is_valkey else "Redis",
         version=_version(server.get("valkey_version" if is_valkey else "redis_version")),
-        run_id=str(server.get("run_id", "")),
+        run_id=str(server.get("run_id") or _address(client)),
         keeps=bool(server["aof_enabled"]) if "aof_enabled" in server else None,
         fsync=fsync,
         is_failing=server.get("aof_last_write_status", "ok") != "ok",
@@ -85,6 +92,12 @@ def ask_redis(client: Any, *, role: Literal["broker", "results"]) -> RedisAnswer
         may_eval=_may_eval(client),
         untold=tuple(untold),
     )
+
+
+def _address(client: Any) -> str:
+    known = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    place = known.get("path") or known.get("host")
+    return f"{place}:{known.get('port', '')}" if place else ""
 
 
 def _or_untold(untold: list[str], what: str, question: Callable[[], Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from celerykit.check.facts import Facts
-from celerykit.check.findings import Finding
+from celerykit.check.findings import Finding, named
 from celerykit.check.live import Answers
 from celerykit.check.live.redis import RedisAnswers
 
@@ -20,9 +20,11 @@ _CLOCK = 5
 #: The part of its memory from which on a server is nearly full.
 _FULL = 0.9
 
+_ROLES = {"broker": "the broker ({})", "results": "the result backend's {}", "store": "the store ({})"}
+
 
 def _name(server: RedisAnswers, *, first: bool = True) -> str:
-    name = f"the broker ({server.name})" if server.role == "broker" else f"the result backend's {server.name}"
+    name = _ROLES[server.role].format(server.name)
     return f"T{name[1:]}" if first else name
 
 
@@ -60,12 +62,31 @@ def forgets(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
         )
 
 
+def forgets_keys(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
+    """Find a store that forgets which calls are done. Of a broker, `forgets` says more."""
+    if server.is_store and server.role != "broker" and server.keeps is False and facts.needing_store:
+        names = tuple(task.name for task in facts.needing_store)
+        yield Finding(
+            "store-no-aof",
+            "warning",
+            f"{_name(server)} writes no append-only file: when it stops, nobody knows which calls of {named(names)} "
+            "are done, and they may run twice.",
+            "Set appendonly yes in its configuration (a managed one has it among its parameters).",
+            names,
+        )
+
+
 def evicts(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
     """Find a server that makes room by throwing things away."""
-    if server.policy in (None, "noeviction") or server.role != "broker":
+    is_asked = server.role == "broker" or server.is_store
+    if server.policy in (None, "noeviction") or not is_asked:
         return
-    is_sure = bool(server.limit) and str(server.policy).startswith("allkeys")
-    what = "whole queues" if str(server.policy).startswith("allkeys") else "results, counts and marks"
+    takes_queues = server.role == "broker" and str(server.policy).startswith("allkeys")
+    takes_keys = server.is_store and bool(facts.needing_store)
+    is_sure = bool(server.limit) and (takes_queues or takes_keys)
+    what = "whole queues" if takes_queues else "results, counts and marks"
+    if takes_keys:
+        what += ", and the keys of calls, which then run twice,"
     when = "when its memory is full" if server.limit else "if a limit for its memory is ever set"
     yield Finding(
         "redis-evicts",
@@ -111,8 +132,8 @@ def old(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
 
 def clock(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
     """Find a clock that is not the broker's."""
-    if server.ahead is None or abs(server.ahead) < _CLOCK:
-        return
+    if server.ahead is None or abs(server.ahead) < _CLOCK or server.role == "store":
+        return  # who has only the store's leases goes by the store's clock
     word = "behind" if server.ahead > 0 else "ahead of"
     yield Finding(
         "clock-differs",
@@ -147,6 +168,7 @@ def untold(facts: Facts, server: RedisAnswers) -> Iterator[Finding]:
 
 _OF_ONE: tuple[Callable[[Facts, RedisAnswers], Iterator[Finding]], ...] = (
     forgets,
+    forgets_keys,
     evicts,
     full,
     replica,

@@ -20,6 +20,12 @@ _SHORTEST_LEASE = 5
 
 _TRIED = ("redis", "amqp")
 
+_A_STORE = "Set CELERYKIT_STORE_URL to a Redis, a Valkey or an SQL database."
+
+#: Of which any number may run; and those of Celery's that have a file each.
+_OUR_BEAT = "celerykit.beat:Scheduler"
+_STOCK_BEATS = ("celery.beat:PersistentScheduler", "celery.beat.PersistentScheduler", "celery.beat:Scheduler")
+
 
 def unusable(facts: Facts) -> Iterator[Finding]:
     """Find a broker or a result backend that cannot even be made."""
@@ -154,11 +160,13 @@ def prefetch(facts: Facts) -> Iterator[Finding]:
 def short_lease(facts: Facts) -> Iterator[Finding]:
     """Find a lease that ends under a living worker."""
     seconds = facts.kit.lease.total_seconds()
-    if facts.broker == "redis" and facts.kit.profile != "stock" and seconds < _SHORTEST_LEASE:
+    of_messages = facts.broker == "redis" and facts.kit.profile != "stock"
+    if (of_messages or facts.needing_store) and seconds < _SHORTEST_LEASE:
+        what = "messages" if of_messages else "keys and slots"
         yield Finding(
             "short-lease",
             "warning",
-            f"CELERYKIT_LEASE is {seconds:g} s: a worker that pauses for as long loses its messages to another, and "
+            f"CELERYKIT_LEASE is {seconds:g} s: a worker that pauses for as long loses its {what} to another, and "
             "tasks run twice.",
             f"Make it {_SHORTEST_LEASE} s or more; 30 s is the default.",
         )
@@ -185,14 +193,46 @@ def store(facts: Facts) -> Iterator[Finding]:
             "bury-without-store",
             "error",
             f'{named(names)}: on_crash="bury" needs a store that all workers see, and here each has its own.',
-            "Set CELERYKIT_STORE_URL to a Redis or Valkey.",
+            _A_STORE,
             names,
         )
+    yield from _needing_store(facts)
     yield Finding(
         "store-per-process",
         "info",
         "Counts and marks are in the memory of each worker: a message that kills its worker counts anew in the next.",
-        "Set CELERYKIT_STORE_URL to a Redis or Valkey.",
+        _A_STORE,
+    )
+
+
+def _needing_store(facts: Facts) -> Iterator[Finding]:
+    # Calls that run in their caller have a store of their own.
+    if not facts.needing_store or facts.conf["task_always_eager"]:
+        return
+    names = tuple(task.name for task in facts.needing_store)
+    needs = {option for task in facts.needing_store for option in task.needs}
+    options = [f"{option}=" for option in ("once", "remember", "limits") if option in needs]
+    yield Finding(
+        "needs-store",
+        "error",
+        f"{named(names)}: declared with {' and '.join(options)}; that needs a store which all workers see, and here "
+        "each has its own.",
+        _A_STORE,
+        names,
+    )
+
+
+def beats(facts: Facts) -> Iterator[Finding]:
+    """Find a schedule that each beat would send."""
+    is_ours = facts.conf["beat_scheduler"] == _OUR_BEAT and facts.store_is_shared
+    if not facts.conf["beat_schedule"] or is_ours or facts.conf["beat_scheduler"] not in (_OUR_BEAT, *_STOCK_BEATS):
+        return
+    also = "" if facts.store_is_shared else ", and CELERYKIT_STORE_URL to a Redis, a Valkey or an SQL database"
+    yield Finding(
+        "one-beat-only",
+        "info",
+        "There is a schedule, and a second beat would send all of it a second time; so would a deploy, for a moment.",
+        f"Set beat_scheduler to {_OUR_BEAT}{also}.",
     )
 
 
@@ -243,6 +283,7 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     short_lease,
     leases,
     store,
+    beats,
     dead_letters,
     chords,
 )

@@ -21,7 +21,7 @@ def _about(tasks: Iterable[TaskFacts], code: str, severity: Severity, *, what: s
 
 def early_acks(facts: Facts) -> Iterator[Finding]:
     """Find tasks whose message is gone once they start."""
-    early = [task for task in facts.tasks if not task.acks_late]
+    early = [task for task in facts.tasks if not task.acks_late and not task.has_keys]
     yield from _about(
         (task for task in early if not task.reject_on_worker_lost),
         "early-acks",
@@ -35,6 +35,54 @@ def early_acks(facts: Facts) -> Iterator[Finding]:
         "warning",
         what="reject_on_worker_lost does nothing without acks_late: a task whose process is killed is lost.",
         fix="Turn acks_late on.",
+    )
+
+
+def early_acks_with_keys(facts: Facts) -> Iterator[Finding]:
+    """Find tasks whose key outlives their message."""
+    yield from _about(
+        (task for task in facts.tasks if not task.acks_late and task.has_keys),
+        "once-early-acks",
+        "warning",
+        what="without acks_late a call is lost when its worker dies, and who has joined it waits in vain.",
+        fix='Turn acks_late on; for a task that must not run twice, declare it with on_crash="bury".',
+    )
+
+
+def short_keep(facts: Facts) -> Iterator[Finding]:
+    """Find calls that are forgotten before their message may come again."""
+    again = facts.delivered_again_after
+    if again is None:
+        return
+    yield from _about(
+        (task for task in facts.tasks if task.keep is not None and task.keep < again),
+        "short-keep",
+        "warning",
+        what=f"what is done is forgotten before its message may come once more, up to {again:g} s later: it would run "
+        "twice.",
+        fix="Make keep longer, as in once=Once(keep=timedelta(days=1)).",
+    )
+
+
+def untyped_results(facts: Facts) -> Iterator[Finding]:
+    """Find results that a second call may not get."""
+    yield from _about(
+        (task for task in facts.tasks if task.has_keys and task.on_done == "reuse" and task.returns_untyped),
+        "once-untyped-result",
+        "info",
+        what="a second call gets the first one's result, which is kept as JSON, and nobody says what it is.",
+        fix="Annotate what it returns; -> None if that is nothing.",
+    )
+
+
+def unused_marks(facts: Facts) -> Iterator[Finding]:
+    """Find keys that nobody makes."""
+    yield from _about(
+        (task for task in facts.tasks if task.has_marks and "once" not in task.needs),
+        "key-unused",
+        "warning",
+        what="a parameter is marked with Key(), which does nothing without once=: two such calls run twice.",
+        fix="Declare it with once=Once(), or take the mark away.",
     )
 
 
@@ -101,7 +149,12 @@ def visibility(facts: Facts) -> Iterator[Finding]:
         return
     seconds = facts.visibility
     yield from _about(
-        (task for task in facts.tasks if task.acks_late and task.time_limit and task.time_limit > seconds),
+        (
+            task
+            for task in facts.tasks
+            # With a key, what is delivered meanwhile waits for the run.
+            if task.acks_late and task.time_limit and task.time_limit > seconds and not task.has_keys
+        ),
         "limit-over-visibility",
         "error",
         what=f"a run that takes longer than the visibility timeout ({seconds:g} s) is started a second time.",
@@ -206,6 +259,10 @@ def results(facts: Facts) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     early_acks,
+    early_acks_with_keys,
+    short_keep,
+    untyped_results,
+    unused_marks,
     crash_not_rerun,
     soft_limit,
     consumer_timeout,
