@@ -144,12 +144,15 @@ def _claiming(calls: list[Unsent], progress: _Progress) -> Iterator[tuple[list[U
         for place, call in enumerate(calls)
         if place not in claimed or claimed[place].options is not None
     ]
+    is_duplicate = {one.id: one.is_duplicate for one in claimed.values()}
     try:
         yield to_send, {place: one.result for place, one in claimed.items() if one.result is not None}
     except BaseException:
         gone = {result.id for result in (*progress.sent, *progress.uncertain)}
         claiming.take_back([one for one in claimed.values() if one.id not in gone])
         raise
+    for result in progress.sent:
+        result.duplicate = is_duplicate.get(result.id, result.duplicate)
 
 
 def _checked(index: int, call: Unsent) -> Unsent:

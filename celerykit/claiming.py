@@ -13,22 +13,24 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import states
 from celery.backends.base import DisabledBackend
 from celery.exceptions import TaskRevokedError
 from celery.utils import uuid
+from celery.utils.time import maybe_iso8601
 from kombu.utils.json import dumps, loads
 
 from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, StoreUnavailable
 from celerykit.headers import Headers
-from celerykit.idempotency import Claims, Identity, Once, Sending
+from celerykit.idempotency import Claims, Identity, Once, Sending, State, find_claim
 from celerykit.idempotency.claim import Answer
 from celerykit.idempotency.claims import Asked, Ended, send_all
 from celerykit.idempotency.keys import Keys
 from celerykit.idempotency.step import conflict, duplicate
+from celerykit.needs import store_for
 from celerykit.publishing import UnreachableBroker
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def claims_of(task: Any, *, eagerly: bool = False) -> Claims | None:
         task=str(task.name),
         policy=policy or Once(running="join", done="reuse", keep=_REMEMBERED),
         keys=Keys(task.contract, policy) if policy else None,
-        store=(lambda: app.eager_store) if eagerly else (lambda: app.store),
+        store=(lambda: app.eager_store) if eagerly else (lambda: store_for(task)),
         lease=lambda: app.settings.kit.lease.total_seconds(),
         renewal=app.renewal,
         may_rerun=task.on_crash == "rerun",
@@ -73,10 +75,19 @@ def _ended(task: Any, call_id: str) -> Ended | None:
     except Exception as error:  # noqa: BLE001  (backends raise what they like)
         log.warning("result.not_read task=%s id=%s: %s", task.name, call_id, type(error).__name__)
         return None
-    state, result = stored.get("status"), stored.get("result")
+    state, result, at = stored.get("status"), stored.get("result"), _timestamp(stored.get("date_done"))
     if state == states.SUCCESS:
-        return Ended(result)
-    return Ended(error=type(result).__name__) if state in states.EXCEPTION_STATES - {states.RETRY} else None
+        return Ended(at, result)
+    return Ended(at, error=type(result).__name__) if state in states.EXCEPTION_STATES - {states.RETRY} else None
+
+
+def _timestamp(date: Any) -> float:
+    """Read when a result was stored; backends that do not say stored it now."""
+    if isinstance(date, str):
+        date = maybe_iso8601(date)
+    if not isinstance(date, datetime):
+        return time.time()
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
 def identity_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, key: Any) -> Identity | None:
@@ -97,6 +108,15 @@ def identity_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, ke
         return claims.identify(args, kwargs, id=None, key=key)
     except InvalidPayload:
         return None  # sent all the same, for somebody who does not check
+
+
+def is_eager_duplicate(task: Any, header: Headers) -> bool:
+    """Tell whether a call that is to run in place has been done already."""
+    claims: Claims | None = task.eager_claims
+    if claims is None or header.key is None:
+        return False
+    found = find_claim(claims.store(), header.key)
+    return found is not None and found.state is State.DONE and claims.policy.done != "rerun"
 
 
 def is_claimed_when_sent(task: Any, options: Mapping[str, Any]) -> bool:

@@ -145,7 +145,10 @@ class Contract:
         """
         values = self._bind(args, kwargs, says=_NOT_SENT)
         values = {**self._written_defaults, **self._written(values, write=self._fields.canonical)}
-        return {name: to_jsonable_python(values[name]) for name in self.parameters.names if name in values}
+        try:
+            return {name: to_jsonable_python(values[name]) for name in self.parameters.names if name in values}
+        except _NOT_WRITABLE as error:
+            raise self._refusal([_unsendable(error)], says=_NOT_SENT) from None
 
     # The worker's side
 

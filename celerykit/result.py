@@ -186,6 +186,9 @@ class EagerResult(celery.result.EagerResult[R_co], Generic[R_co]):
 
     _contract: Contract | None = None
 
+    #: Whether the call had been done before, so that nothing ran.
+    duplicate: bool | None = False
+
     @classmethod
     def of(cls, stock: celery.result.EagerResult[Any], contract: Contract | None) -> EagerResult[Any]:
         """Take over what Celery's own eager call gave."""

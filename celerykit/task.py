@@ -18,7 +18,9 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, Unpack, cast, overload
 
 import celery
-from celery.exceptions import Ignore, Reject, WorkerShutdown, WorkerTerminate
+import celery.result
+from celery import states
+from celery.exceptions import Ignore, Reject, TaskRevokedError, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
 from celerykit import again, bulk, claiming, loops, schedules
@@ -27,7 +29,7 @@ from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
 from celerykit.headers import HEADER, Headers
-from celerykit.idempotency import Claims, Once, Skipped, once
+from celerykit.idempotency import Claims, Identity, Once, Skipped, once
 from celerykit.limits import Limits, Rule, limited
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
@@ -235,10 +237,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """Check a call, and give what is to be sent: arguments as JSON values, and options with our header."""
         args, kwargs = self._checked(args, kwargs, options)
         options = dict(options)
-        header = self._header(options)
-        if header.key is None and (identity := claiming.identity_of(self, args, kwargs, key=options.pop("key", None))):
+        header, key = self._header(options), options.pop("key", None)
+        if header.key is None and (identity := self._identity(args, kwargs, key, options)):
             header = replace(header, key=identity.key, call=identity.call or None)
-        options.pop("key", None)
         options["headers"] = header.added_to(options.get("headers"))
         if derived := self._derived_id(options):
             options["task_id"] = derived
@@ -250,10 +251,18 @@ class Task(celery.Task[P, R], Generic[P, R]):
     def _header(self, options: Mapping[str, Any]) -> Headers:
         headers, now = options.get("headers"), time.time()
         contract = self._contract.fingerprint
-        if headers and HEADER in headers:  # a retry, which goes on from what was
+        if headers and HEADER in headers and options.get("task_id"):  # a retry, which goes on from what was
             header = Headers.of(headers)
             return replace(header, contract=contract, sent_at=header.sent_at or now)
         return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now))
+
+    def _identity(self, args: Any, kwargs: Any, key: Any, options: Mapping[str, Any]) -> Identity | None:
+        try:
+            return claiming.identity_of(self, args, kwargs, key=key)
+        except Exception:  # (a key is made by a user's function)
+            if self._speaks_for_finished(options):
+                return None  # its worker says so
+            raise
 
     def _derived_id(self, options: Mapping[str, Any]) -> str | None:
         """
@@ -376,12 +385,21 @@ class Task(celery.Task[P, R], Generic[P, R]):
     ) -> EagerResult[R]:
         """Run a call in place, through the same checks and steps as in a worker."""
         options |= zip(("link", "link_error", "task_id", "retries", "throw"), positional, strict=False)
-        if self.contract is not None:
-            args, kwargs = self._checked(args, kwargs, options)
-            if identity := claiming.identity_of(self, args, kwargs, key=options.pop("key", None)):
-                header = replace(Headers.of(options.get("headers")), key=identity.key, call=identity.call or None)
-                options["headers"] = header.added_to(options.get("headers"))
-        return EagerResult.of(super().apply(cast("Any", args), cast("Any", kwargs), **options), self.contract)
+        if self.contract is None:
+            return EagerResult.of(super().apply(cast("Any", args), cast("Any", kwargs), **options), None)
+        args, kwargs = self._checked(args, kwargs, options)
+        header, key = Headers.of(options.get("headers")), options.pop("key", None)
+        if header.key is None and (identity := self._identity(args, kwargs, key, options)):
+            header = replace(header, key=identity.key, call=identity.call or None)
+            options["headers"] = header.added_to(options.get("headers"))
+        is_duplicate = claiming.is_eager_duplicate(self, header)
+        ran = super().apply(cast("Any", args), cast("Any", kwargs), **options)
+        if is_duplicate and str(ran.state) == states.IGNORED:
+            skipped: Any = TaskRevokedError("its key is another call's")
+            ran = celery.result.EagerResult(ran.id, skipped, states.REVOKED)
+        result = EagerResult.of(ran, self.contract)
+        result.duplicate = is_duplicate
+        return result
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> Result[R]:  # noqa: N802  (Celery's name)
         """Give the typed result of the call with this id."""
@@ -442,12 +460,12 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return stock_retry(*args, **options)
         policy, header = self.retry_policy, Headers.of(request.headers)
         given = options.get("headers")
-        if HEADER not in (given or {}):
-            if policy is not None and options.get("max_retries") is None and header.attempt >= policy.attempts:
-                options["max_retries"] = request.retries
-            error = options.get("exc") or (args[2] if len(args) > 2 else None)
-            following = again.headers_of_next(request, header, header.attempt + 1, outcome="retry", error=error)
-            options["headers"] = following if given is None else {**given, HEADER: following[HEADER]}
+        if policy is not None and options.get("max_retries") is None and header.attempt >= policy.attempts:
+            options["max_retries"] = request.retries
+        error = options.get("exc") or (args[2] if len(args) > 2 else None)
+        following = again.headers_of_next(request, header, header.attempt + 1, outcome="retry", error=error)
+        # What is given may be the headers of this very message, with one more.
+        options["headers"] = following if given is None else {**given, HEADER: following[HEADER]}
         if header.queue is not None:
             # A delayed message of RabbitMQ says where its delay ended, and not where it belongs.
             options.setdefault("queue", header.queue)

@@ -35,6 +35,9 @@ _MOST_ROUNDS = 20
 #: What follows when the run that has the key is gone.
 _AFTER_A_RUN = (Answer.GO, Answer.BURY)
 
+#: Seconds between the clocks of two machines, at most.
+_CLOCKS_DIFFER = 5.0
+
 #: Seconds between tries to record what a run has achieved.
 _PAUSES = (0.1, 0.5, 1.0, 2.0)
 
@@ -85,6 +88,9 @@ class Ended(NamedTuple):
     What the result backend says of a call that has ended.
 
     Attributes:
+        at:
+            When, in seconds since 1970.
+
         result:
             As JSON.
 
@@ -92,6 +98,7 @@ class Ended(NamedTuple):
             The type of its error; empty when it has succeeded.
     """
 
+    at: float
     result: Any = None
     error: str = ""
 
@@ -293,7 +300,10 @@ class Claims:
         """
         has_gone_on = found.state is State.WAITING and found.resume is None
         ended = self.ended(found.id) if is_gone or has_gone_on else None
-        if ended is None or (ended.error and not has_gone_on):
+        # People use one id for many calls. Who went on with it has a clock of its own.
+        if ended is None or ended.at < found.since - (_CLOCKS_DIFFER if has_gone_on else 0):
+            return False
+        if ended.error and not has_gone_on:
             return False
         if ended.error:
             claim = found.moved(Event.FAIL, since=time.time(), outcome=ended.error)
@@ -422,11 +432,22 @@ def find_claim(store: Store, key: str) -> Claim | None:
     return _claim_in(store.read(record_of(key)))
 
 
-def end_claim(store: Store, name: str, id: str, turn: Turn, *, event: Event, why: str = "") -> None:  # noqa: A002
+def end_claim(
+    store: Store,
+    name: str,
+    id: str,  # noqa: A002  (Celery's name)
+    turn: Turn,
+    *,
+    token: str | None,
+    event: Event,
+    why: str = "",
+) -> None:
     """
     Move the claim of a call whose run is gone: it has failed, or is released.
 
-    Claims of others, of later turns, and such that are over stay as they are.
+    Claims of others, of later turns, and such that are over stay as they are,
+    and so does a run of another *token* that renews its lease: the call was
+    delivered twice.
 
     Raises:
         StoreUnavailable: Nobody knows.
@@ -435,6 +456,8 @@ def end_claim(store: Store, name: str, id: str, turn: Turn, *, event: Event, why
     for _ in range(_MOST_ROUNDS):
         claim = _claim_in(record)
         if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
+            return
+        if claim.state is State.RUNNING and claim.token != token and not _is_lapsed(record):
             return
         new = None
         if after(claim.state, event) is not None:

@@ -58,7 +58,7 @@ def release(request: Any) -> None:
 def _end(request: Any, event: Event, why: str) -> None:
     claims = _claims_of(request)
     if claims is not None and (place := _place(request, claims)) is not None:
-        _move(claims.store, place, event, why)
+        _move(claims.store, place, event, why, token=request.request_dict.get(TOKEN))
 
 
 def end_message(app: Any, headers: Any, why: str) -> None:
@@ -69,9 +69,9 @@ def end_message(app: Any, headers: Any, why: str) -> None:
         _move(lambda: app.store, place, Event.FAIL, why)
 
 
-def _move(store: Any, place: _Place, event: Event, why: str) -> None:
+def _move(store: Any, place: _Place, event: Event, why: str, *, token: str | None = None) -> None:
     try:
-        end_claim(store(), place.name, place.id, place.turn, event=event, why=why)
+        end_claim(store(), place.name, place.id, place.turn, token=token, event=event, why=why)
     except StoreUnavailable as error:
         log.warning("claim.not_ended key=%s id=%s: %s", place.name, place.id, error)
 

@@ -21,6 +21,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError
 
 from celerykit.dead_letters import Reason
 from celerykit.errors import Undeliverable
+from celerykit.needs import check_store
 from celerykit.rollout import pause_for_newer
 from celerykit.worker import claims, shape, shutdown
 from celerykit.worker.burial import Undertaker
@@ -47,6 +48,7 @@ class Consumer(_Stock):  # type: ignore[misc]
 
     def __init__(self, on_task_request: Callable[[Any], Any], *args: Any, **kwargs: Any) -> None:
         app: Any = kwargs["app"]
+        check_store(app)
         kit = app.settings.kit
         self._hand_over = on_task_request
         self.undertaker = Undertaker(
