@@ -16,11 +16,11 @@ from dataclasses import asdict
 from typing import Any
 
 from tests.benchmarks import report, suites
-from tests.benchmarks.lanes import Case, Place, Sender, Worker, place
-from tests.benchmarks.subjects import Subject
+from tests.benchmarks.lanes import Case, Lane, Place, RunsFirstCalls, Sender, Worker, place
+from tests.benchmarks.subjects import ADD_ONS, Subject, is_installed
 from tests.benchmarks.suites import Pace
 
-_FULL = Pace(calls=500, rounds=10, seconds=18.0, fresh=2, enough=200.0)
+_FULL = Pace(calls=500, rounds=10, seconds=18.0, fresh=2, enough=300.0)
 _QUICK = Pace(calls=500, rounds=4, seconds=2.0, fresh=1, enough=20.0)
 
 _CONTRACT = Case("contract", Subject("celerykit", results=True))
@@ -41,13 +41,22 @@ def main() -> None:
 def _measured(where: Place, *, quick: bool) -> dict[str, Any]:
     facts = report.machine(where.server_version)
     pace, run = (_QUICK, suites.RUN_QUICKLY) if quick else (_FULL, suites.RUN)
-    sent = [(Sender, group) for group in ([_CONTRACT], *suites.groups_of(suites.ONE, suites.MANY))]
-    ran = [(Worker, group) for group in suites.groups_of(run)]
-    rounds = suites.measure(where, pace, [*sent, *ran])
+    sent = [[_CONTRACT], *suites.groups_of(suites.ONE, suites.MANY, suites.FIRST, suites.AGAIN)]
+    groups: list[tuple[type[Lane], list[Case]]] = [
+        *((Sender, group) for group in sent),
+        *((Worker, group) for group in suites.groups_of(run)),
+        *((RunsFirstCalls, group) for group in suites.groups_of(suites.RUN_FIRST)),
+    ]
+    rounds = suites.measure(where, pace, groups)
     tables = [
         report.send_one_table(suites.ONE, rounds),
         report.run_table(run, rounds),
         report.send_many_table(suites.MANY, rounds),
+        *report.keyed_tables(
+            (suites.FIRST, suites.AGAIN, suites.RUN_FIRST),
+            rounds,
+            missing=[add_on for add_on in ADD_ONS if not is_installed(add_on)],
+        ),
         report.contract_table([round_[_CONTRACT] for round_ in rounds if _CONTRACT in round_]),
     ]
     single = [[{**asdict(case), **figures} for case, figures in round_.items()] for round_ in rounds]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter, process_time
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import celery
 import redis
 
-from tests.benchmarks.subjects import ORDER, RECEIPT, Subject, argument_for, declare
+from tests.benchmarks.subjects import ORDER, RECEIPT, Subject, argument_for, arguments_for, declare
 
 __all__ = ["BULK", "FOUND", "GO", "commands"]
 
@@ -29,7 +29,7 @@ GO, FOUND = "benchmark-go", "benchmark-found"
 BULK = 500
 
 #: What the benchmark itself asks a server for.
-_OURS = ("info", "hlen", "rpush", "blpop", "llen", "lpop")
+_OURS = ("info", "hlen", "rpush", "blpop", "llen", "lpop", "rename")
 
 
 def main(how: str, subject: str, url: str, client_url: str) -> None:
@@ -45,7 +45,13 @@ def _measure_of(how: str, subject: Subject, url: str, client: Any) -> Callable[[
     task = declare(subject, url=url)
     if how == "contract":
         return partial(_contract, task)
-    return partial(_sending, client, partial(_SENDERS[how], task, argument_for(subject)))
+    send = partial(_SENDERS[how], task)
+    return lambda count: _sending(client, send, _arguments(how, subject, count))
+
+
+def _arguments(how: str, subject: Subject, count: int) -> Sequence[Any]:
+    """Give what the calls are made with: all with the same, but for first calls of their keys."""
+    return arguments_for(subject, count) if how == "first" else [argument_for(subject)] * count
 
 
 def commands(client: Any) -> int:
@@ -57,28 +63,36 @@ def commands(client: Any) -> int:
 # Sending
 
 
-def _by_delay(task: Any, argument: Any, count: int) -> None:
-    for _ in range(count):
+def _by_delay(task: Any, arguments: Sequence[Any]) -> None:
+    for argument in arguments:
         task.delay(argument)
 
 
-def _by_group(task: Any, argument: Any, count: int) -> None:
-    for _ in range(count // BULK):
-        celery.group([task.s(argument) for _ in range(BULK)]).apply_async()
+def _by_group(task: Any, arguments: Sequence[Any]) -> None:
+    for start in range(0, len(arguments), BULK):
+        celery.group([task.s(argument) for argument in arguments[start : start + BULK]]).apply_async()
 
 
-def _by_enqueue_many(task: Any, argument: Any, count: int) -> None:
-    for _ in range(count // BULK):
-        task.enqueue_many([(argument,) for _ in range(BULK)])
+def _by_enqueue_many(task: Any, arguments: Sequence[Any]) -> None:
+    for start in range(0, len(arguments), BULK):
+        task.enqueue_many([(argument,) for argument in arguments[start : start + BULK]])
 
 
-_SENDERS = {"delay": _by_delay, "group": _by_group, "enqueue_many": _by_enqueue_many}
+#: By `delay` are also sent: calls each of which is the first with its key, and such that come again.
+_SENDERS = {
+    "delay": _by_delay,
+    "first": _by_delay,
+    "again": _by_delay,
+    "group": _by_group,
+    "enqueue_many": _by_enqueue_many,
+}
 
 
-def _sending(client: Any, send: Callable[[int], None], count: int) -> dict[str, float]:
+def _sending(client: Any, send: Callable[[Sequence[Any]], None], arguments: Sequence[Any]) -> dict[str, float]:
+    count = len(arguments)
     asked = commands(client)
     wall, cpu = perf_counter(), process_time()
-    send(count)
+    send(arguments)
     cpu, wall = process_time() - cpu, perf_counter() - wall
     return {"cpu": cpu / count * 1e6, "wall": wall / count * 1e6, "commands": (commands(client) - asked) / count}
 

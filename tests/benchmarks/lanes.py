@@ -25,9 +25,9 @@ import redis
 from celerykit.dev.processes import Process, say_exit
 from celerykit.dev.servers import Server, find_binary
 from tests.benchmarks.child import BULK, FOUND, GO, commands
-from tests.benchmarks.subjects import SUBJECT, TALLY, URL, Subject, argument_for, declare
+from tests.benchmarks.subjects import SUBJECT, TALLY, URL, Subject, argument_for, arguments_for, declare
 
-__all__ = ["Case", "Figures", "Lane", "Place", "Sender", "Worker", "place"]
+__all__ = ["Case", "Figures", "Lane", "Place", "RunsFirstCalls", "Sender", "Worker", "place"]
 
 #: What one measurement found, by name: microseconds of CPU or by the clock, and commands, for one call.
 Figures = dict[str, float]
@@ -44,6 +44,9 @@ _SETTLE = 0.03
 _SPARE = 15
 
 _QUEUE, _UNACKED = "celery", "unacked"
+
+#: A queue of calls that no worker takes yet.
+_HELD = "held"
 
 
 @dataclass(frozen=True)
@@ -177,24 +180,34 @@ class Worker(Lane):
     #: Enough for both children.
     _warm_up = 200
 
+    @property
+    def pool(self) -> str:
+        return self.case.how
+
     def command(self) -> list[str]:
-        words = ["celery", "-A", "tests.benchmarks.node", "worker", f"--pool={self.case.how}", "--concurrency=2"]
+        words = ["celery", "-A", "tests.benchmarks.node", "worker", f"--pool={self.pool}", "--concurrency=2"]
         return [*words, "--loglevel=WARNING", "--without-mingle", "--without-gossip", "--without-heartbeat"]
 
     def warm_up(self) -> None:
         self._message = self.where.message_of(self.case.subject)
+        self.hold(self._warm_up)
         self._run(self._warm_up)
 
     def measure(self, count: int) -> Figures:
+        self.hold(count)
         asked, cpu, began = commands(self.client), self._cpu(), time.perf_counter()
         ended = self._run(count)
         cpu, asked = self._cpu() - cpu, commands(self.client) - asked
         return {"cpu": cpu / count * 1e6, "wall": (ended - began) / count * 1e6, "commands": asked / count}
 
+    def hold(self, count: int) -> None:
+        """Have *count* calls ready."""
+        self.client.rpush(_HELD, *_copies(self._message, count))
+
     def _run(self, count: int) -> float:
-        """Queue *count* calls, and say when the last one ran; come back when it was acknowledged."""
+        """Queue the calls that are ready, and say when the last one ran; come back when it was acknowledged."""
         goal = self.tally.stat().st_size + count
-        self.client.rpush(_QUEUE, *_copies(self._message, count))
+        self.client.rename(_HELD, _QUEUE)
         self.until(lambda: self.tally.stat().st_size >= goal)
         ended = time.perf_counter()
         self.until(lambda: not self.client.hlen(_UNACKED))
@@ -206,6 +219,22 @@ class Worker(Lane):
         parent = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
         return float(sum(spent.user + spent.system for spent in times))
+
+
+class RunsFirstCalls(Worker):
+    """A prefork worker whose calls were sent each with a key of its own, if there are keys."""
+
+    pool = "prefork"
+
+    def warm_up(self) -> None:
+        self._task = declare(self.case.subject, url=self.url)
+        self.hold(self._warm_up)
+        self._run(self._warm_up)
+
+    def hold(self, count: int) -> None:
+        """Send calls, to where no worker looks."""
+        for argument in arguments_for(self.case.subject, count):
+            self._task.apply_async((argument,), queue=_HELD)
 
 
 def _copies(message: bytes, count: int) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from statistics import median, quantiles
 from tests.benchmarks.lanes import Figures
 from tests.benchmarks.suites import Round, Row
 
-__all__ = ["Table", "contract_table", "machine", "run_table", "send_many_table", "send_one_table"]
+__all__ = ["Table", "contract_table", "keyed_tables", "machine", "run_table", "send_many_table", "send_one_table"]
 
 _PACKAGES = ("celery", "kombu", "redis", "pydantic")
 
@@ -63,6 +63,28 @@ def send_many_table(rows: Sequence[Row], rounds: Sequence[Round]) -> Table:
     )
 
 
+def keyed_tables(tables: Sequence[Sequence[Row]], rounds: Sequence[Round], *, missing: Sequence[str]) -> list[Table]:
+    left_out = f" Not installed here, and so not measured: {', '.join(missing)}." if missing else ""
+    notes = {
+        "Sending the first call with a key": "Results are ignored; the key is all arguments, and free. Commands inside "
+        f"scripts count, too: celerykit asks its store once, as the others do theirs.{left_out}",
+        "Sending a call whose key is taken": "Of stock, and of celerykit without keys, it is one more message; of the "
+        "others nothing is sent.",
+        "Running a call with a key": "A prefork worker with two children, Celery's defaults, results stored. celerykit "
+        "takes the key before the function, whoever has sent the call, and keeps its result after it; the others let a "
+        "lock go.",
+    }
+    return [
+        Table(
+            title=title,
+            note=note,
+            columns=["variant", "CPU us", "wall us", "Redis commands", "CPU / stock", "wall / stock"],
+            cells=[_keyed(row, _with(row, rounds)) for row in rows],
+        )
+        for (title, note), rows in zip(notes.items(), tables, strict=True)
+    ]
+
+
 def contract_table(found: Sequence[Figures]) -> Table:
     return Table(
         title="The contract alone",
@@ -93,6 +115,11 @@ def _per_call(row: Row, rounds: Sequence[Round]) -> list[str]:
     figures = [f"{_median(row, rounds, 'cpu'):.0f}", f"{_median(row, rounds, 'wall'):.0f}"]
     commands = f"{_median(row, rounds, 'commands'):.1f}"
     return [row.name, *figures, commands, _spread(row, ratios), _at_most(row.target, ratios)]
+
+
+def _keyed(row: Row, rounds: Sequence[Round]) -> list[str]:
+    *cells, _ = _per_call(row, rounds)
+    return [*cells, _spread(row, _ratios(row, rounds, "wall"))]
 
 
 def _per_second(row: Row, rounds: Sequence[Round]) -> list[str]:

@@ -1,5 +1,5 @@
 """
-What is measured: one task, declared for stock Celery in two ways and for celerykit.
+What is measured: one task, declared for stock Celery in two ways, for celerykit, and for what gives calls keys.
 
 Its function does nothing, so that all that is seen is what stands around it.
 """
@@ -12,15 +12,29 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from functools import cache
-from typing import Any, Literal, Self
-from uuid import UUID
+from importlib.util import find_spec
+from typing import Any, Literal, Self, get_args
+from uuid import UUID, uuid4
 
 import celery
 from pydantic import BaseModel
 
-from celerykit import CeleryKit
+from celerykit import CeleryKit, Once
 
-__all__ = ["ORDER", "RECEIPT", "SUBJECT", "TALLY", "URL", "Subject", "argument_for", "declare"]
+__all__ = [
+    "ADD_ONS",
+    "ORDER",
+    "RECEIPT",
+    "SUBJECT",
+    "TALLY",
+    "URL",
+    "AddOn",
+    "Subject",
+    "argument_for",
+    "arguments_for",
+    "declare",
+    "is_installed",
+]
 
 #: Environment variables that tell a worker which subject it runs, on which server, and the file
 #: that gets one byte for each run: counting in there asks nothing of the broker.
@@ -29,8 +43,15 @@ SUBJECT, URL, TALLY = "BENCHMARK_SUBJECT", "BENCHMARK_URL", "BENCHMARK_TALLY"
 #: Celery's own defaults, given to both, so that they differ in typing only.
 _SAME = {"task_acks_late": False, "worker_prefetch_multiplier": 4}
 
-#: Of stock `dict`, stock `pydantic=True`, and celerykit.
-Flavour = Literal["dict", "pydantic", "celerykit"]
+#: What gives the calls of stock Celery keys.
+AddOn = Literal["celery-once", "celery-singleton"]
+ADD_ONS: tuple[AddOn, ...] = get_args(AddOn)
+
+#: Of stock `dict`, stock `pydantic=True`, celerykit, and celerykit with `once=`.
+Flavour = Literal["dict", "pydantic", "celerykit", "once"] | AddOn
+
+#: Those whose callers have a model in hand, and not a dict.
+_TYPED: tuple[Flavour, ...] = ("pydantic", "celerykit", "once")
 
 
 @dataclass(frozen=True)
@@ -86,23 +107,53 @@ _PLAIN_RECEIPT = RECEIPT.model_dump(mode="json")
 
 def argument_for(subject: Subject) -> Any:
     """Give what a caller of the task has in hand."""
-    return ORDER.model_dump(mode="json") if subject.flavour == "dict" else ORDER
+    return ORDER if subject.flavour in _TYPED else ORDER.model_dump(mode="json")
+
+
+def arguments_for(subject: Subject, count: int) -> list[Any]:
+    """Give the same for as many calls, each of another order."""
+    orders = (ORDER.model_copy(update={"order_id": uuid4()}) for _ in range(count))
+    return [order if subject.flavour in _TYPED else order.model_dump(mode="json") for order in orders]
+
+
+def is_installed(add_on: AddOn) -> bool:
+    return find_spec(add_on.replace("-", "_")) is not None
 
 
 def declare(subject: Subject, *, url: str) -> Any:
     """Make an app on the server at *url*, and declare the task."""
-    make: Any = CeleryKit if subject.flavour == "celerykit" else celery.Celery
+    make: Any = CeleryKit if subject.flavour in ("celerykit", "once") else celery.Celery
     app = make("benchmark", broker=url, backend=url)
     if not subject.own_defaults:
         app.conf.update(_SAME)
-    options = {"pydantic": True} if subject.flavour == "pydantic" else {}
-    return app.task(name="shop.charge", ignore_result=not subject.results, **options)(_function(subject))
+    options = _options(subject, app, url)
+    # Several apps of one process would share it, and have the first one's.
+    return app.task(name="shop.charge", ignore_result=not subject.results, shared=False, **options)(_function(subject))
+
+
+def _options(subject: Subject, app: Any, url: str) -> dict[str, Any]:
+    if subject.flavour == "pydantic":
+        return {"pydantic": True}
+    if subject.flavour == "once":
+        return {"once": Once()}
+    if subject.flavour == "celery-once":
+        from celery_once import QueueOnce  # type: ignore[import-untyped]
+
+        settings = {"url": url.replace("virtual_host=", "db="), "default_timeout": 3600}
+        app.conf.ONCE = {"backend": "celery_once.backends.Redis", "settings": settings}
+        return {"base": QueueOnce, "once": {"graceful": True}}
+    if subject.flavour == "celery-singleton":
+        from celery_singleton import Singleton  # type: ignore[import-untyped]
+
+        app.conf.singleton_backend_url = url.replace("redis+socket", "unix").replace("virtual_host=", "db=")
+        return {"base": Singleton, "lock_expiry": 3600}
+    return {}
 
 
 def _function(subject: Subject) -> Callable[..., Any]:
-    if subject.flavour == "dict":
-        return _charge_dict if subject.results else _ship_dict
-    return _charge if subject.results else _ship
+    if subject.flavour in _TYPED:
+        return _charge if subject.results else _ship
+    return _charge_dict if subject.results else _ship_dict
 
 
 def _charge(order: Order) -> Receipt:

@@ -14,9 +14,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tests.benchmarks.lanes import Case, Figures, Lane, Place
-from tests.benchmarks.subjects import Flavour, Subject
+from tests.benchmarks.subjects import ADD_ONS, Flavour, Subject, is_installed
 
-__all__ = ["MANY", "ONE", "RUN", "RUN_QUICKLY", "Pace", "Round", "Row", "groups_of", "measure"]
+__all__ = [
+    "AGAIN",
+    "FIRST",
+    "MANY",
+    "ONE",
+    "RUN",
+    "RUN_FIRST",
+    "RUN_QUICKLY",
+    "Pace",
+    "Round",
+    "Row",
+    "groups_of",
+    "measure",
+]
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,15 @@ _NAMES: dict[Flavour, str] = {
     "dict": "stock",
     "pydantic": "stock, `pydantic=True`",
     "celerykit": "celerykit",
+    "once": "celerykit, `once=Once()`",
+    "celery-once": "celery-once, `QueueOnce`",
+    "celery-singleton": "celery-singleton, `Singleton`",
 }
+
+_PLAIN: tuple[Flavour, ...] = ("dict", "pydantic", "celerykit")
+
+#: Without keys and with: what is there of it.
+_KEYED: list[Flavour] = ["dict", "celerykit", "once", *filter(is_installed, ADD_ONS)]
 
 
 def _row(how: str, flavour: Flavour, *, results: bool, target: float | None = None, against: str | None = None) -> Row:
@@ -92,7 +113,14 @@ def _own_defaults(how: str) -> Row:
     )
 
 
-ONE = [_row("delay", flavour, results=results, target=1.15) for results in (False, True) for flavour in _NAMES]
+def _keyed(how: str, *, results: bool) -> list[Row]:
+    return [
+        Row(_NAMES[flavour], case=Case(how, Subject(flavour, results)), stock=Case(how, Subject("dict", results)))
+        for flavour in _KEYED
+    ]
+
+
+ONE = [_row("delay", flavour, results=results, target=1.15) for results in (False, True) for flavour in _PLAIN]
 
 MANY = [
     row
@@ -105,10 +133,12 @@ MANY = [
 ]
 
 RUN = [
-    *(_row("prefork", flavour, results=results, target=1.10) for results in (False, True) for flavour in _NAMES),
+    *(_row("prefork", flavour, results=results, target=1.10) for results in (False, True) for flavour in _PLAIN),
     _own_defaults("prefork"),
     *(_row("solo", flavour, results=False, target=1.10) for flavour in ("dict", "celerykit")),
 ]
+
+FIRST, AGAIN, RUN_FIRST = _keyed("first", results=False), _keyed("again", results=False), _keyed("keys", results=True)
 
 RUN_QUICKLY = [row for row in RUN if row.case.how == "prefork" and row.case.subject.flavour != "pydantic"]
 
