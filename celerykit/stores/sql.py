@@ -36,8 +36,8 @@ _SWEPT_EACH = 100
 #: Characters. An index entry of PostgreSQL has room for 2700 bytes, which may be two texts of four bytes each.
 _LONGEST = 300
 
-#: The states in which PostgreSQL gives up, rather than refuses: a time limit, a shutdown, too many connections.
-_GIVES_UP = ("08", "57", "53")
+#: The states in which a database gives up, rather than refuses: a time limit, a shutdown, too many connections.
+_GIVES_UP = ("08", "57", "53", "SQLITE_BUSY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_LOCKED")
 
 
 class SqlStore:
@@ -379,6 +379,8 @@ def _short(text: str) -> str:
 
 def _storable(text: str) -> str:
     """Write *text* without what no database holds: NUL, and halves of characters."""
+    if text.isascii() and "\0" not in text:
+        return text
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
@@ -387,10 +389,10 @@ def _lock_number(key: str) -> int:
 
 
 def _is_missing_table(error: DBAPIError) -> bool:
-    state = _state(error.orig)
-    return state == "42P01" if state else "no such table" in str(error.orig)
+    return _state(error.orig) == "42P01" or "no such table" in str(error.orig)
 
 
 def _state(error: object) -> str:
-    """Give PostgreSQL's name of what is wrong, which psycopg and psycopg2 keep in different places."""
-    return str(getattr(error, "sqlstate", None) or getattr(error, "pgcode", None) or "")
+    """Give the database's name of what is wrong; psycopg, psycopg2 and SQLite keep it in different places."""
+    names = (getattr(error, attribute, None) for attribute in ("sqlstate", "pgcode", "sqlite_errorname"))
+    return str(next(filter(None, names), ""))

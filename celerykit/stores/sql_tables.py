@@ -113,8 +113,7 @@ def statements(dialect: str) -> Statements:
     if dialect == "sqlite":
         # Two of them: SQLAlchemy repeats for each row what stands in an insert's values, and would here, too.
         return _statements(sqlite.insert, bindparam("now", type_=Double), bindparam("now_there", type_=Double))
-    # A query of its own is asked once in a statement, and what is compared with it can use an index.
-    now = literal_column("(SELECT extract(epoch FROM clock_timestamp())::double precision)", Double)
+    now = literal_column("extract(epoch FROM clock_timestamp())::double precision", Double)
     return _statements(postgresql.insert, now, now)
 
 
@@ -207,5 +206,6 @@ def _sweep(table: Table, ends: Column[float], now: ColumnElement[float]) -> Exec
     if isinstance(now, BindParameter):
         # Python counts no rows of a statement in SQLite that begins with anything but its verb.
         return delete(table).where(keys.in_(over))
-    # Two that sweep at once do not wait for each other. Apart, so that it is asked once.
+    # The time is asked once, so that it can be looked up in an index; and two that sweep do not wait for each other.
+    over = select(*table.primary_key.columns).where(ends <= select(now).scalar_subquery()).limit(_SWEPT_AT_ONCE)
     return delete(table).where(keys.in_(select(over.with_for_update(skip_locked=True).cte("over"))))

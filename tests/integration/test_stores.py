@@ -152,3 +152,59 @@ def test_a_wrong_password_is_not_repeated(server: Server, client: Any) -> None:
         open_store(url.format("hush"), timeout=2).add("n", ttl=1)
 
     assert "hush" not in str(caught.value)
+
+
+def test_who_is_master_is_asked_of_sentinel() -> None:
+    with services.valkey(port=0) as server, services.sentinel(server) as url:
+        store = open_store(url, timeout=2)
+
+        assert [store.add("n", ttl=60), store.add("n", ttl=60)] == [1, 2]
+        store.close()
+        assert store.get("n") == "2"
+
+
+def test_the_new_master_is_used_after_a_failover() -> None:
+    with (
+        services.valkey(port=0) as first,
+        services.valkey(port=0) as second,
+        redis.Redis.from_url(second.client_url) as replica,
+    ):
+        replica.replicaof("127.0.0.1", first.port)
+        services.eventually(lambda: replica.info("replication")["master_link_status"] == "up")
+        with services.sentinel(first) as url, redis.Redis.from_url(sentinel_url(url)) as sentinel:
+            store = open_store(url, timeout=1)
+            store.swap(Swap("k", None, New("1", "data", ttl=600)))
+            services.eventually(lambda: sentinel.sentinel_slaves("shop") != [], within=15)
+            services.eventually(lambda: bool(replica.exists("celerykit:record:k")))
+            first.kill()
+            with pytest.raises(StoreUnavailable):
+                store.read("k")
+
+            services.eventually(lambda: is_read(store, "k"), within=20)
+            assert store.swap(Swap("k", "1", New("2", "data", ttl=600)))[0].done
+
+
+def is_read(store: Store, key: str) -> bool:
+    try:
+        return store.read(key) is not None
+    except StoreUnavailable:
+        return False
+
+
+def sentinel_url(url: str) -> str:
+    return url.replace("sentinel:", "redis:").partition("?")[0]
+
+
+def test_sentinels_that_know_no_master_are_given_up_in_time() -> None:
+    with (
+        services.valkey(port=0) as server,
+        services.sentinel(server, name="another") as url,
+        services.refused() as port,
+    ):
+        lost = url.replace("sentinel://", f"sentinel://127.0.0.1:{port};sentinel://:hush@").replace("=x", "=shop")
+        began = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="shop") as caught:
+            open_store(lost, timeout=2).get("k")
+
+    assert time.monotonic() - began < 3
+    assert "hush" not in str(caught.value)

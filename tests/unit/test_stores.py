@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from typing import Any
 
 import pytest
 
 from celerykit.errors import InvalidSettings, StoreUnavailable
-from celerykit.stores import Hold, New, Swap, default_url, open_store
+from celerykit.stores import Hold, New, Swap, default_url, open_store, sql, sql_addresses, sql_connections
 from celerykit.stores.memory import MemoryStore
 from celerykit.stores.redis import RedisStore
+from celerykit.stores.sql import SqlStore
 from tests import services
 
 
@@ -174,9 +176,17 @@ def test_threads_never_hold_more_slots_than_there_are() -> None:
         ("amqp://a", "db+sqlite://", "memory://"),
         ("sentinel://a;sentinel://b", None, "sentinel://a;sentinel://b"),
         ("memory://", None, "memory://"),
+        ("amqp://a", "db+postgresql://u@h/d", "db+postgresql://u@h/d"),
+        ("amqp://a", "db+sqlite:///results.sqlite", "db+sqlite:///results.sqlite"),
+        ("amqp://a", "db+sqlite:///:memory:", "memory://"),
+        ("amqp://a", "db+sqlite:///", "memory://"),
+        ("amqp://a", "db+mysql://h/d", "memory://"),
+        ("sqla+postgresql+psycopg2://h/d", None, "sqla+postgresql+psycopg2://h/d"),
+        ("sqla+sqlite:///b.sqlite", "redis://r", "redis://r"),
+        ("sqla+postgresql://u:p;w@h/d", "rpc://", "sqla+postgresql://u:p;w@h/d"),
     ],
 )
-def test_the_store_is_where_a_redis_is(broker: str, backend: str | None, picked: str) -> None:
+def test_the_store_is_where_a_redis_is_or_else_a_database(broker: str, backend: str | None, picked: str) -> None:
     assert default_url(broker, backend) == picked
 
 
@@ -242,7 +252,22 @@ def test_certificates_may_come_from_the_brokers_settings() -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["sentinel://:hush@a:26379", "amqp://u:hush@h", "hush", "", "redis://:hush/hush@h:6379/0", "redis://:hush@h/hush"],
+    [
+        "sentinel://:hush@a:26379",
+        "sentinel://:hush@a:hush?master_name=m",
+        "amqp://u:hush@h",
+        "hush",
+        "",
+        "redis://:hush/hush@h:6379/0",
+        "redis://:hush@h/hush",
+        "postgresql://u:hush/hush@h:hush/d",
+        "postgresql+asyncpg://u:hush@h/d",
+        "postgresql+nothing://u:hush@h/d",
+        "db+mysql://u:hush@h/d",
+        "sqlite://",
+        "db+sqlite:///:memory:",
+        "sqlite:///file:hush?mode=memory&uri=true",
+    ],
 )
 def test_a_url_that_is_no_stores_is_refused_without_being_repeated(url: str) -> None:
     with pytest.raises(InvalidSettings) as caught:
@@ -260,3 +285,60 @@ def test_a_store_that_refuses_says_where_it_should_be_and_no_password() -> None:
 
     assert f"127.0.0.1:{port}, database 3" in str(caught.value)
     assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "driver", "place"),
+    [
+        ("postgresql://u:pw@h/shop", "postgresql+psycopg", "h:5432, database shop"),
+        ("postgres://h:7/shop", "postgresql+psycopg", "h:7, database shop"),
+        ("db+postgresql+psycopg://h/shop", "postgresql+psycopg", "h:5432, database shop"),
+        ("sqla+postgresql://h/shop", "postgresql+psycopg", "h:5432, database shop"),
+        ("postgresql:///shop?host=/run/pg", "postgresql+psycopg", "/run/pg:5432, database shop"),
+        ("db+sqlite:///a/b.sqlite", "sqlite", "a/b.sqlite"),
+        ("SQLite:////a.sqlite", "sqlite", "/a.sqlite"),
+    ],
+)
+def test_databases_are_written_as_for_sqlalchemy_celery_or_kombu(url: str, driver: str, place: str) -> None:
+    store = open_store(url, timeout=1)
+
+    assert isinstance(store, SqlStore)
+    assert store.is_shared
+    assert store._own._url.drivername == driver
+    assert store._place == place
+
+
+def test_psycopg2_is_used_where_psycopg_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_addresses, "find_spec", lambda name: name == "psycopg2" or None)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+
+    with pytest.raises(InvalidSettings, match=r"postgresql\+psycopg2 is not installed: pip install 'celerykit\[sql\]'"):
+        open_store("postgresql://h/d", timeout=1)
+
+
+def test_without_sqlalchemy_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("sql", "sql_addresses", "sql_connections", "sql_tables"):
+        monkeypatch.delitem(sys.modules, f"celerykit.stores.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "sqlalchemy", None)
+
+    with pytest.raises(InvalidSettings, match=r"pip install 'celerykit\[sql\]'"):
+        open_store("sqlite:///a.sqlite", timeout=1)
+
+
+def test_a_pooler_that_refuses_time_limits_is_asked_without() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def connect(**options: Any) -> str:
+        asked.append(options)
+        if "statement_timeout" in options.get("options", ""):
+            raise RuntimeError("FATAL: unsupported startup parameter in options: statement_timeout")
+        return "connected"
+
+    assert sql_connections._connect(connect, [], {"host": "h", "options": "-c a=b"}, timeout=2) == "connected"
+    assert [options["options"].startswith("-c a=b") for options in asked] == [True, True]
+    assert asked[1] == {"host": "h", "options": "-c a=b", "connect_timeout": 2}
+
+
+def test_keys_that_look_alike_are_locked_apart() -> None:
+    assert sql._lock_number("a") != sql._lock_number("b")
+    assert all(-(2**63) <= sql._lock_number(str(number)) < 2**63 for number in range(1000))
