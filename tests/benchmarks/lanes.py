@@ -37,6 +37,9 @@ _ROOT = Path(__file__).parents[2]
 #: Seconds for one measurement, and between two looks at it.
 _WITHIN, _TICK = 60.0, 0.005
 
+#: So much of a log is shown when something goes wrong: a worker may say the same for each call.
+_MOST_LOG = 4000
+
 #: Seconds in which a worker that has acknowledged its last call ends what it is doing.
 _SETTLE = 0.03
 
@@ -148,7 +151,7 @@ class Lane:
             code = self.process.poll()
             if code is not None or time.monotonic() > deadline:
                 how = f"not done within {_WITHIN:g} s" if code is None else say_exit(code)
-                raise RuntimeError(f"{self.case}: {how}:\n{self._log.read_text(errors='replace')}")
+                raise RuntimeError(f"{self.case}: {how}:\n{self._log.read_text(errors='replace')[-_MOST_LOG:]}")
             time.sleep(_TICK)
 
     def _started(self) -> Process:
