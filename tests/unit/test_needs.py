@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from celerykit import Once
+from celerykit import Once, Rate
 from celerykit.errors import InvalidSettings
 from celerykit.needs import check_store, needs_store, store_for
 
@@ -23,8 +23,8 @@ def make_shop(make_app: Any) -> Any:
         @app.task(name="shop.charge", once=Once())
         def charge(order: int) -> None: ...
 
-        @app.task(name="shop.remember", remember=True)
-        def remember(order: int) -> None: ...
+        @app.task(name="shop.ship", remember=True, limits=(Rate("1/s"),))
+        def ship(order: int) -> None: ...
 
         @app.task(name="shop.plain")
         def plain(order: int) -> None: ...
@@ -39,7 +39,7 @@ def test_tasks_that_need_a_store_are_named_with_the_fix(make_shop: Any):
         check_store(make_shop())
 
     [problem] = error.value.problems
-    assert problem.startswith("shop.charge (once), shop.remember (remember): ")
+    assert problem.startswith("shop.charge (once), shop.ship (remember, limits): ")
     assert "CELERYKIT_STORE_URL=redis://" in problem
     assert "hunter2" not in problem
 
@@ -51,7 +51,9 @@ def test_of_many_tasks_a_few_are_named(make_shop: Any):
         @app.task(name=f"shop.task{number}", remember=True)
         def task() -> None: ...
 
-    with pytest.raises(InvalidSettings, match=r"shop\.task0 \(remember\), and 4 more: "):
+    with pytest.raises(
+        InvalidSettings, match=r"shop\.ship \(remember, limits\), shop\.task0 \(remember\), and 4 more: "
+    ):
         check_store(app)
 
 
