@@ -87,7 +87,7 @@ def _headers_of(request: Any, header: Headers, later: Later) -> dict[str, Any]:
     if not isinstance(later, Waiting):
         return headers_of_next(request, header, later.attempt, outcome=later.kind, error=later.error)
     # Nothing ran: it is the same turn, and no row in the ledger.
-    return replace(header, joined=later.joined).added_to(_kept(request))
+    return replace(header, joined=later.joined, sent_at=header.sent_at or time.time()).added_to(_kept(request))
 
 
 def headers_of_next(

@@ -63,6 +63,7 @@ def claims_of(task: Any, *, eagerly: bool = False) -> Claims | None:
         may_rerun=task.on_crash == "rerun",
         encode=dumps,
         decode=loads,
+        most_runs=lambda: app.settings.kit.max_deliveries,
         ended=lambda call_id: None if eagerly else _ended(task, call_id),
     )
 

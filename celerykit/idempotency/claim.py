@@ -8,6 +8,7 @@ stands in `LEGAL`; `Claim.moved` makes no other.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum, auto
@@ -41,6 +42,8 @@ class Event(Enum):
     START = auto()
     #: The call is to run again later: it has a next turn.
     PUT_OFF = auto()
+    #: Its run was cut off, and its message goes back: it may start anew, and this start does not count.
+    HAND_BACK = auto()
     FINISH = auto()
     FAIL = auto()
     #: The call is revoked, or an operator lets the key go.
@@ -63,6 +66,7 @@ LEGAL: Mapping[tuple[State | None, Event], State | None] = {
     (State.DONE, Event.START): State.RUNNING,  # done="rerun"
     (State.FAILED, Event.START): State.RUNNING,
     (State.RUNNING, Event.PUT_OFF): State.WAITING,
+    (State.RUNNING, Event.HAND_BACK): State.CLAIMED,
     (State.RUNNING, Event.FINISH): State.DONE,
     (State.WAITING, Event.FINISH): State.DONE,  # by what the task was replaced with
     (State.CLAIMED, Event.FAIL): State.FAILED,
@@ -125,6 +129,9 @@ class Claim:
         outcome:
             Done: the result, as the app's JSON text. Failed: the error's type.
 
+        runs:
+            Running: how often this turn was started.
+
         resume:
             Waiting: how the next turn is sent, should it not have been.
     """
@@ -138,6 +145,7 @@ class Claim:
     since: float = 0.0
     keep: float = 0.0
     outcome: str = ""
+    runs: int = 0
     resume: Mapping[str, Any] | None = None
 
     @property
@@ -174,6 +182,7 @@ class Claim:
             "since": round(self.since, 3),
             "keep": self.keep,
             "outcome": self.outcome,
+            "runs": self.runs,
             "resume": self.resume,
         }
         return json.dumps({name: fact for name, fact in facts.items() if fact}, separators=(",", ":"))
@@ -274,6 +283,7 @@ def on_start(
     joined: str | None,
     policy: Once,
     may_rerun: bool,
+    most_runs: float = math.inf,
 ) -> Answer:
     """
     Tell a worker what becomes of a message.
@@ -285,12 +295,16 @@ def on_start(
         joined:
             The id of the call it has waited for.
 
+        most_runs:
+            How often one turn may be started: what kills its process each
+            time must come to an end.
+
     The others are those of `on_send`.
     """
     if found is None:
         return Answer.GO
     if found.id == id:
-        return _on_own(found, turn=turn, is_lapsed=is_lapsed, may_rerun=may_rerun)
+        return _on_own(found, turn=turn, is_lapsed=is_lapsed, may_rerun=may_rerun and found.runs < most_runs)
     if joined == found.id and found.is_over:
         return Answer.REUSE if found.state is State.DONE else Answer.FAIL_TOO
     if found.state is State.FAILED:

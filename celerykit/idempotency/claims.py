@@ -9,15 +9,16 @@ says what, and it is decided anew.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from celerykit.errors import InvalidOptions, StoreUnavailable
-from celerykit.idempotency.claim import Answer, Claim, Event, State, Turn, after, on_send, on_start, version
+from celerykit.idempotency.claim import LEGAL, Answer, Claim, Event, State, Turn, after, on_send, on_start, version
 from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
 from celerykit.stores import Hold, New, Record, Store, Swap
@@ -137,6 +138,9 @@ class Claims:
         encode, decode:
             Write and read results as JSON, as the app does.
 
+        most_runs:
+            Gives how often one turn of a call may be started.
+
         ended:
             Looks for the stored outcome of a call, by its id.
     """
@@ -151,6 +155,7 @@ class Claims:
     encode: Callable[[Any], str]
     decode: Callable[[str], Any]
     ended: Callable[[str], Ended | None]
+    most_runs: Callable[[], float] = lambda: math.inf
 
     def identify(
         self,
@@ -263,12 +268,12 @@ class Claims:
             call=identity.call,
             since=time.time(),
             keep=self.policy.keep,
+            runs=1,
         )
-        new = self._running(running)
         expected = version(State.WAITING if turn.number else State.CLAIMED, id, turn) if was_sent else None
         is_taken_over = False
         for _ in range(_MOST_ROUNDS):
-            [swapped] = self.store().swap(Swap(name, expected, new, lapsed=is_taken_over))
+            [swapped] = self.store().swap(Swap(name, expected, self._running(running), lapsed=is_taken_over))
             if swapped.done:
                 return Starting(Answer.GO, Run(name, running))
             found = _claim_in(swapped.found)
@@ -282,6 +287,7 @@ class Claims:
                 joined=joined,
                 policy=self.policy,
                 may_rerun=self.may_rerun,
+                most_runs=self.most_runs(),
             )
             # A run may be taken over if it was not renewed in the meantime.
             is_taken_over = found is not None and found.state is State.RUNNING and answer in _AFTER_A_RUN
@@ -290,6 +296,8 @@ class Claims:
             if answer is not Answer.GO:
                 return Starting(answer, Run(name, found or running))
             after(found.state if found else None, Event.START)
+            is_again = found is not None and is_taken_over and (found.id, found.turn) == (id, turn)
+            running = replace(running, runs=found.runs + 1 if found is not None and is_again else 1)
         raise _changes_too_fast(identity)
 
     def has_ended(self, name: str, found: Claim, *, is_gone: bool) -> bool:
@@ -375,9 +383,11 @@ class Claims:
         after(run.claim.state, Event.RELEASE)
         self._record(run, None)
 
-    def give_up(self, run: Run) -> None:
-        """Let the lease of a run go that was cut off: its message goes back, and may start at once."""
-        self.abandon(run.key, run.claim.version)
+    def hand_back(self, run: Run) -> None:
+        """Let a run go whose message goes back: it may start at once, and this start does not count."""
+        claimed = run.claim.moved(Event.HAND_BACK, token="", since=time.time(), runs=0)
+        ttl = _SENT_ANEW_AFTER + self.policy.keep
+        self._record(run, New(claimed.version, claimed.data(), ttl=ttl, lease=_SENT_ANEW_AFTER))
 
     def _record(self, run: Run, new: New | None) -> None:
         swap = Swap(run.key, run.claim.version, new)
@@ -459,10 +469,13 @@ def end_claim(
             return
         if claim.state is State.RUNNING and claim.token != token and not _is_lapsed(record):
             return
+        if (claim.state, event) not in LEGAL:
+            return  # it was handed back before it began
         new = None
-        if after(claim.state, event) is not None:
-            ended = claim.moved(event, since=time.time(), outcome=why)
-            new = New(ended.version, ended.data(), ttl=claim.keep)
+        if (state := after(claim.state, event)) is not None:
+            moved = replace(claim, state=state, token="", since=time.time(), outcome=why, runs=0)
+            lease = _SENT_ANEW_AFTER if state is State.CLAIMED else None
+            new = New(moved.version, moved.data(), ttl=claim.keep + (lease or 0.0), lease=lease)
         [swapped] = store.swap(Swap(name, record.version, new))
         if swapped.done:
             return

@@ -191,7 +191,7 @@ def _stopped(stopped: Stopped, claims: Claims, run: Run) -> None:
     elif stopped.how == "replaced":
         claims.put_off(Run(run.key, run.claim), delay=claims.policy.keep, resume=None)
     elif stopped.how == "handed back":
-        claims.give_up(run)
+        claims.hand_back(run)
     elif stopped.how == "rejected":
         claims.fail(run, stopped.by)
     else:
@@ -220,7 +220,7 @@ def _end(answer: Answer, call: Call, key: str, found: Claim) -> NoReturn:
             kind=resume.get("kind", "retry"),
         )
     if answer is Answer.BURY:
-        raise Undeliverable(f"{call.task}: it has started before, did not end, and must not start twice.")
+        raise Undeliverable(f"{call.task}: it was started {max(1, found.runs)} times without coming to an end.")
     if answer is Answer.SKIP:
         raise Skipped(f"{call.task}: its key {key} is that of call {found.id}, which is {found.state.value}.")
     if answer is Answer.DROP:
@@ -257,5 +257,6 @@ def conflict(task: str, key: str, found: Claim, *, says: str = "It did not run."
 
 def _pause(call: Call) -> float:
     """Look again the more seldom the longer it has waited."""
-    waited = time.time() - (call.headers.sent_at or 0.0)
+    now = time.time()
+    waited = now - (call.headers.sent_at or now)
     return min(max(_FIRST_LOOK, waited / 2), _LAST_LOOK)

@@ -18,7 +18,7 @@ from celerykit.idempotency import Claims, State, Turn
 from celerykit.idempotency.claim import Event, version
 from celerykit.idempotency.claims import end_claim, record_of
 
-__all__ = ["begin", "end", "end_message", "give_up", "release"]
+__all__ = ["begin", "end", "end_message", "give_up", "hand_back", "release"]
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,11 @@ def give_up(request: Any) -> None:
     if claims is None or token is None or (place := _place(request, claims)) is None:
         return
     claims.abandon(place.name, version(State.RUNNING, place.id, place.turn, token))
+
+
+def hand_back(request: Any) -> None:
+    """Let a run go that was cut off, and whose message goes back: its start does not count."""
+    _end(request, Event.HAND_BACK, "")
 
 
 def end(request: Any, why: str) -> None:

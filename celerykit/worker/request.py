@@ -131,7 +131,7 @@ class Request(_Stock):  # type: ignore[misc]
         self.on_cut_off()
         # Nobody retries what was acknowledged early, whatever Celery says of it.
         super().cancel(pool, signal, emit_retry=False)
-        claims.give_up(self)
+        claims.hand_back(self)
 
     def on_cut_off(self) -> None:
         """Do not count a start whose message goes back; bury what has started and must not start again."""
