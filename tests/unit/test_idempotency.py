@@ -65,12 +65,12 @@ def test_marks_are_all_the_same() -> None:
 #: From the states on the left, by the events above: to which state; "free" frees the key, and a dot is no move.
 MOVES = """
             SEND     TAKE_BACK  SEND_AGAIN  START    PUT_OFF  FINISH  FAIL    RELEASE  HAND_BACK
-  free      claimed  .          .           running  .        .       .       .  .
-  claimed   .        free       claimed     running  .        .       failed  free.
-  running   .        .          running     running  waiting  done    failed  freeclaimed
-  waiting   .        .          waiting     running  .        done    failed  free.
-  done      claimed  .          .           running  .        .       .       free.
-  failed    claimed  .          .           running  .        .       .       free.
+  free      claimed  .          .           running  .        .       .       .        .
+  claimed   .        free       claimed     running  .        .       failed  free     .
+  running   .        .          running     running  waiting  done    failed  free     claimed
+  waiting   .        .          waiting     running  .        done    failed  free     .
+  done      claimed  .          .           running  .        .       .       free     .
+  failed    claimed  .          .           running  .        .       .       free     .
 """
 
 
