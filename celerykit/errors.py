@@ -10,6 +10,7 @@ Every error celerykit raises, in one tree.
     ├── KeyConflict         a call has the key of another one, and other arguments
     ├── ResultMismatch      a value is not of the task's return type
     ├── ResultNotStored     a result was asked for that nobody keeps
+    ├── LimitReached        a call waits for a limit of its task
     ├── TaskInterrupted     a task raised what would have ended its process
     ├── Undeliverable       a message was started too often without coming to an end
     ├── StoreUnavailable    the store of counts and marks did not answer
@@ -38,6 +39,7 @@ __all__ = [
     "KeyConflict",
     "LetterNotFound",
     "LettersLocked",
+    "LimitReached",
     "ResultMismatch",
     "ResultNotStored",
     "StoreUnavailable",
@@ -156,6 +158,10 @@ class InvalidSettings(CelerykitError, ValueError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = list(problems)
+
+
+class LimitReached(CelerykitError):
+    """A call waits for a limit of its task. Run in place, it does not wait for long, and this is its failure."""
 
 
 class TaskInterrupted(CelerykitError):

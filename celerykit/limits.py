@@ -29,10 +29,10 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from celerykit.call import Call, Later, Next
 from celerykit.contract import Contract
-from celerykit.errors import CelerykitError, InvalidOptions, StoreUnavailable
+from celerykit.errors import InvalidOptions, LimitReached, StoreUnavailable
 from celerykit.marks import types_of_field
 
-__all__ = ["Concurrent", "Keeper", "LimitReached", "Limits", "Rate", "Slots", "check_limits", "limited", "pause"]
+__all__ = ["Concurrent", "Keeper", "Limits", "Rate", "Slots", "check_limits", "limited", "pause"]
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,6 @@ _PATIENCE, _MOST_PATIENCE = 0.25, 30.0
 
 #: A name in a key of the store is cut to this.
 _LONGEST_NAME = 120
-
-
-class LimitReached(CelerykitError):
-    """A call waits for a limit of its task. Run in place, it does not wait for long, and this is its failure."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -380,7 +376,10 @@ def _digest(rule: Rule, call: Call) -> str:
     """Give what slots are counted by. A digest: the value may be long, or not for others to see."""
     if rule.by is None:
         return "all"
-    value = rule.by(*call.args, **call.kwargs) if callable(rule.by) else _value(rule.by.split("."), call)
+    if callable(rule.by):
+        value = rule.by(**call.contract.parameters.named_by(rule.by, call.args, call.kwargs))
+    else:
+        value = _value(rule.by.split("."), call)
     try:
         written = json.dumps(to_jsonable_python(value), sort_keys=True)
     except (PydanticSerializationError, TypeError, ValueError):

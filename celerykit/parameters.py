@@ -112,6 +112,14 @@ class Parameters:
             keywords |= values[str(self.var_keyword)]
         return tuple(positional), keywords
 
+    def named_by(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give what *function* names of a call's arguments, with defaults: the same for every spelling of the call."""
+        values = {**self.defaults, **self.bind(args, kwargs)}
+        wanted = inspect.signature(function).parameters.values()
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in wanted):
+            return values
+        return {parameter.name: values[parameter.name] for parameter in wanted if parameter.name in values}
+
     def _collect_rest(self, values: dict[str, Any], args: Sequence[Any], taken: int) -> list[Problem]:
         if self.var_positional is None:
             return [_too_many(taken, len(args))]

@@ -18,9 +18,8 @@ depend on the order of fields.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -80,22 +79,20 @@ class Keys:
         values = self._contract.canonical(args, kwargs)
         make = self._policy.key if key is None else None
         if make is not None:
-            key = make(**self._wanted(make, args, kwargs))
+            typed = self._contract.load(*self._contract.dump(args, kwargs))
+            key = make(**self._contract.parameters.named_by(make, *typed))
         if make is not None or key is not None:
             return self._of({"key": _text(self._contract.task, key)}, values)
         if not self._paths:
             return Identity(f"{self._contract.task}:{_digest({'arguments': values})}")
-        return self._of({"fields": {".".join(map(str, path)): values_at(values, path) for path in self._paths}}, values)
-
-    def _wanted(self, make: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give what *make* names of the typed arguments: the same for every spelling of a call."""
-        contract = self._contract
-        typed = contract.load(*contract.dump(args, kwargs))
-        values = {**contract.parameters.defaults, **contract.parameters.bind(*typed)}
-        parameters = inspect.signature(make).parameters.values()
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return values
-        return {parameter.name: values[parameter.name] for parameter in parameters if parameter.name in values}
+        fields = {".".join(map(str, path)): values_at(values, path) for path in self._paths}
+        if all(value is None for value in fields.values()):
+            # It would be the key of all such calls.
+            raise InvalidOptions(
+                f"{self._contract.task}: nothing that is marked with Key() has a value ({', '.join(fields)}). "
+                "The message was not sent; give a key with task.using(key=…)."
+            )
+        return self._of({"fields": fields}, values)
 
     def _of(self, said: Mapping[str, Any], values: Mapping[str, Any]) -> Identity:
         call = f"{self._contract.fingerprint}:{_digest(values)[:16]}"

@@ -229,7 +229,7 @@ def test_a_mark_on_a_parameter_leaves_the_others_out() -> None:
         (Place, {"city": "a", "street": "b"}, {"city": "a", "street": "c"}, {"city": "b", "street": "b"}),
         (list[Stamp], [{"by": "a"}, {"by": "b"}], [Stamp("a", 1), Stamp("b", 2)], [Stamp("b"), Stamp("a")]),
         (dict[str, Stamp], {"x": {"by": "a"}}, {"x": Stamp("a", 5)}, {"x": Stamp("b")}),
-        (Stamp | None, None, None, Stamp("a")),
+        (Stamp | None, Stamp("a"), {"by": "a"}, Stamp("b")),
         (Basket, {"orders": [{"order_id": ID}]}, Basket(orders=[Order(order_id=ID, note="x")]), Basket(orders=[])),
         (Annotated[Stamp, Key()], Stamp("a", 1), {"by": "a", "at": "1"}, Stamp("a", 2)),
     ],
@@ -241,6 +241,13 @@ def test_marks_inside_of_types_are_found(type_: Any, one: Any, same: Any, other:
 
     assert key_of(f, 1, one) == key_of(f, 2, same)
     assert key_of(f, 1, one) != key_of(f, 1, other)
+
+
+def test_a_call_without_a_value_for_any_mark_is_refused() -> None:
+    def pay(note: str, order: Annotated[int | None, Key()] = None) -> None: ...
+
+    with pytest.raises(InvalidOptions, match=r"shop.pay: nothing that is marked with Key\(\) has a value \(order\)"):
+        key_of(pay, "x")
 
 
 def test_what_is_marked_tells_calls_apart_and_the_rest_must_be_equal() -> None:

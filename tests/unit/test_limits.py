@@ -22,9 +22,9 @@ from typing_extensions import TypedDict
 
 from celerykit.call import Call, Later
 from celerykit.contract import Contract
-from celerykit.errors import InvalidOptions, StoreUnavailable
+from celerykit.errors import InvalidOptions, LimitReached, StoreUnavailable
 from celerykit.headers import Attempt, Headers
-from celerykit.limits import Concurrent, LimitReached, Limits, Rate, limited, pause
+from celerykit.limits import Concurrent, Limits, Rate, limited, pause
 from celerykit.stores.memory import MemoryStore
 
 
