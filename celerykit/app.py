@@ -259,18 +259,20 @@ class CeleryKit(celery.Celery):
     def store(self) -> Store:
         """Where counts and marks are kept: ``CELERYKIT_STORE_URL``, or the broker or result backend if it can."""
         if self._store is None:
-            url, tls = self._store_url()
+            url, of = self._store_url()
             # Where several apps share a server, they tell their keys apart by this.
             prefix = (self.conf.broker_transport_options or {}).get("global_keyprefix") or ""
-            self._store = open_store(url, timeout=_STORE_TIMEOUT, tls=tls, prefix=f"{prefix}celerykit:")
+            self._store = open_store(url, timeout=_STORE_TIMEOUT, prefix=f"{prefix}celerykit:", **of)
         return self._store
 
-    def _store_url(self) -> tuple[str, Any]:
+    def _store_url(self) -> tuple[str, dict[str, Any]]:
         conf, told = self.conf, self.settings.kit.store_url
         broker, backend = str(conf.broker_write_url or ""), str(conf.result_backend or "")
         url = told.get_secret_value() if told else default_url(broker, backend)
-        tls = conf.redis_backend_use_ssl if url in backend and url not in broker else conf.broker_use_ssl
-        return url, tls if isinstance(tls, Mapping) else None
+        is_backends = url in backend and url not in broker
+        tls = conf.redis_backend_use_ssl if is_backends else conf.broker_use_ssl
+        options = conf.result_backend_transport_options if is_backends else conf.broker_transport_options
+        return url, {"tls": tls if isinstance(tls, Mapping) else None, "options": options}
 
     @cached_property
     def eager_store(self) -> Store:

@@ -357,7 +357,9 @@ class Claims:
         new = New(done.version, done.data(), ttl=self.policy.keep)
         # Its row is the transaction's now: a renewal would wait for that.
         self.renewal.drop(run.key)
-        [swapped] = store.on(on).swap(Swap(run.key, run.claim.version, new))
+        # A Session lends its connection.
+        connection = on.connection() if hasattr(on, "get_bind") else on
+        [swapped] = store.on(connection).swap(Swap(run.key, run.claim.version, new))
         return bool(swapped.done)
 
     def fail(self, run: Run, error: BaseException) -> None:

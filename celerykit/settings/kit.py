@@ -63,8 +63,9 @@ class Kit(BaseModel):
 
     store_url: SecretStr | None = Field(
         default=None,
-        description="Where counts and marks are kept: `redis://…`, or `memory://` for each process its own. "
-        "Without it: the broker or the result backend, whichever is Redis or Valkey; else `memory://`.",
+        description="Where counts, marks and claims are kept: `redis://…`, `postgresql://…`, `sqlite:///path`, or `memory://` "
+        "for each process its own. Without it: the broker or the result backend, whichever is Redis or Valkey; else "
+        "whichever is SQL; else `memory://`.",
     )
 
     dead_letter_queue: str = Field(
