@@ -348,6 +348,8 @@ class Claims:
             InvalidOptions: The store is no SQL database.
         """
         store: Any = self.store()
+        if not store.is_shared:
+            return True  # run in place: what is in this process's memory ends with it anyway
         if not hasattr(store, "on"):
             raise InvalidOptions(
                 f"{self.task}: remember() needs a store in the database of your transaction; "
