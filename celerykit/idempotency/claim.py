@@ -130,7 +130,7 @@ class Claim:
             Done: the result, as the app's JSON text. Failed: the error's type.
 
         runs:
-            Running: how often this turn was started.
+            Running: how often it was started, this time included, since it last came to an end.
 
         resume:
             Waiting: how the next turn is sent, should it not have been.
@@ -296,15 +296,16 @@ def on_start(
             The id of the call it has waited for.
 
         most_runs:
-            How often one turn may be started: what kills its process each
-            time must come to an end.
+            How often a claim may be started without coming to an end: what
+            kills its process each time must have one.
 
     The others are those of `on_send`.
     """
     if found is None:
         return Answer.GO
+    may_rerun = may_rerun and found.runs < most_runs
     if found.id == id:
-        return _on_own(found, turn=turn, is_lapsed=is_lapsed, may_rerun=may_rerun and found.runs < most_runs)
+        return _on_own(found, turn=turn, is_lapsed=is_lapsed, may_rerun=may_rerun)
     if joined == found.id and found.is_over:
         return Answer.REUSE if found.state is State.DONE else Answer.FAIL_TOO
     if found.state is State.FAILED:

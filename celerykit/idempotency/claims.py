@@ -296,8 +296,9 @@ class Claims:
             if answer is not Answer.GO:
                 return Starting(answer, Run(name, found or running))
             after(found.state if found else None, Event.START)
-            is_again = found is not None and is_taken_over and (found.id, found.turn) == (id, turn)
-            running = replace(running, runs=found.runs + 1 if found is not None and is_again else 1)
+            is_next = found is not None and found.id == id and turn > found.turn
+            # Whose run it was does not matter: two calls that take it from each other would have no end.
+            running = replace(running, runs=found.runs + 1 if found and is_taken_over and not is_next else 1)
         raise _changes_too_fast(identity)
 
     def has_ended(self, name: str, found: Claim, *, is_gone: bool) -> bool:

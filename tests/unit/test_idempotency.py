@@ -126,6 +126,7 @@ claims = st.builds(
     since=st.integers(0, 10**10).map(lambda thousandths: thousandths / 1000),
     keep=st.floats(0, 1e9),
     outcome=st.text(),
+    runs=st.integers(0, 9),
     resume=st.none() | st.dictionaries(st.text(), st.integers(), min_size=1),
 )
 
@@ -163,10 +164,8 @@ def test_the_version_of_what_was_just_sent_can_be_known_beforehand() -> None:
 ALIVE, LAPSED = False, True
 
 
-def found(state: str, *, id: str = "first", turn: Turn = Turn(), resume: Any = None) -> Claim | None:  # noqa: A002, B008
-    if state == "free":
-        return None
-    return Claim(State(state), id, turn=turn, call="contract:args", resume=resume)
+def found(state: str, **facts: Any) -> Claim | None:
+    return None if state == "free" else Claim(State(state), "first", call="contract:args", **facts)
 
 
 def sent(
@@ -260,6 +259,11 @@ RESUME = {"at": 1.0, "attempt": 2, "kind": "retry"}
         (found("running"), {}, "WAIT"),
         (found("running"), {"is_lapsed": LAPSED}, "GO"),
         (found("running"), {"is_lapsed": LAPSED, "may_rerun": False}, "BURY"),
+        # What kills its process each time is not started for ever.
+        (found("running", runs=2), {"is_lapsed": LAPSED, "most_runs": 3}, "GO"),
+        (found("running", runs=3), {"is_lapsed": LAPSED, "most_runs": 3}, "BURY"),
+        (found("running", runs=3), {"most_runs": 3}, "WAIT"),
+        (found("running", runs=3), {"is_lapsed": LAPSED, "most_runs": 3, "turn": Turn(0, 1)}, "GO"),
         # Its next turn, which the one before has sent: it may not have ended yet.
         (found("waiting", turn=Turn(0, 1)), {"turn": Turn(0, 1)}, "GO"),
         (found("running"), {"turn": Turn(0, 1)}, "WAIT"),
@@ -292,6 +296,7 @@ def test_a_call_finds_its_own_claim(claim: Claim | None, facts: dict[str, Any], 
         ("running", {}, "JOIN"),
         ("running", {"is_lapsed": LAPSED}, "GO"),
         ("running", {"is_lapsed": LAPSED, "may_rerun": False}, "JOIN"),
+        ("running", {"is_lapsed": LAPSED, "most_runs": 0}, "JOIN"),
         ("waiting", {}, "JOIN"),
         ("waiting", {"is_lapsed": LAPSED}, "JOIN"),
         *((state, {"policy": Once(running="raise")}, "RAISE") for state in ("claimed", "running", "waiting")),
