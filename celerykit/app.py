@@ -56,6 +56,7 @@ from celerykit.using import SendOptions
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from celerykit.keys import Keyring
     from celerykit.letters import DeadLetters
     from celerykit.settings import Settings
 
@@ -254,6 +255,13 @@ class CeleryKit(celery.Celery):
         from celerykit.letters import DeadLetters
 
         return DeadLetters(self)
+
+    @cached_property
+    def keys(self) -> Keyring:
+        """Which call holds which key: to look at, and to let go."""
+        from celerykit.keys import Keyring
+
+        return Keyring(self)
 
     @property
     def store(self) -> Store:

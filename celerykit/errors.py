@@ -18,7 +18,8 @@ Every error celerykit raises, in one tree.
     ├── LetterNotFound      there is no such dead letter
     └── InvalidSettings     settings that are wrong, unknown or misspelt
 
-The command line adds a few of its own: ``AppNotFound`` in `celerykit.check`, and those in `celerykit.dev`.
+A few stand where they belong: ``KeyNotFound`` and ``KeyInUse`` in `celerykit.keys`, ``AppNotFound`` in
+`celerykit.check`, and those in `celerykit.dev`.
 
 Each message says what happened, to which, and what to do.
 """
