@@ -27,7 +27,7 @@ from celerykit import again, bulk, claiming, loops, schedules
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
-from celerykit.errors import InvalidOptions, InvalidPayload, TaskInterrupted
+from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, KeyConflict, TaskInterrupted
 from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Identity, Once, Skipped, once
 from celerykit.limits import Limits, Rule, limited
@@ -515,6 +515,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 raise
             raise TaskInterrupted(f"{self.name}: a step raised {interruption!r}") from interruption
         except Exception as error:
+            if isinstance(error, DuplicateCall) and not isinstance(error, KeyConflict) and not hasattr(request, _RAN):
+                # What it was to do is done, or has a letter of its own.
+                vars(error)[DROPPED] = True
             if DROPPED in vars(error):
                 again.raise_dropped(error)
             raise
