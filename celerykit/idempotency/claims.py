@@ -414,6 +414,10 @@ class Claims:
                     log.error("claim.not_recorded key=%s id=%s: %s", run.key, run.claim.id, error)
                     return None
                 time.sleep(pause)
+            except Exception as error:  # noqa: BLE001  (an edge: the run has ended as it has, whatever a store raises)
+                # Without its text, which may quote the result.
+                log.error("claim.not_recorded key=%s id=%s: %s", run.key, run.claim.id, type(error).__name__)
+                return None
         return None
 
     def _written(self, run: Run, result: Any) -> str:
