@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from functools import cache
+from selectors import DefaultSelector
 from typing import Any, Protocol
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect
@@ -225,22 +226,30 @@ def _bounded(seconds: float) -> Any:
     import psycopg
 
     class Bounded(psycopg.Connection[Any]):
-        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
-            return super().wait(until(gen, self, time.monotonic() + seconds), *args, **kwargs)
-
-    def until(
-        steps: Generator[Any, Any, Any], connection: psycopg.Connection[Any], deadline: float
-    ) -> Generator[Any, Any, Any]:
-        # psycopg comes back each tenth of a second, whether or not there is something to read.
-        try:
-            wanted = next(steps)
-            while True:
-                ready = yield wanted
-                if not ready and time.monotonic() > deadline:
-                    connection.pgconn.finish()
-                    raise psycopg.OperationalError("no answer")
-                wanted = steps.send(ready)
-        except StopIteration as end:
-            return end.value
+        def wait(self, gen: Any, *_: Any, **__: Any) -> Any:
+            # psycopg's own may wait for ever, and knows of a limit only since 3.3.
+            try:
+                return _drive(gen, self.pgconn.socket, deadline=time.monotonic() + seconds)
+            except TimeoutError:
+                self.pgconn.finish()
+                raise psycopg.OperationalError("no answer") from None
 
     return Bounded
+
+
+def _drive(steps: Generator[int, int, Any], socket: int, *, deadline: float) -> Any:
+    """Take one step after the other: each says for which of reading and writing it waits, and is told what is ready."""
+    try:
+        wanted = next(steps)
+        with DefaultSelector() as selector:
+            selector.register(socket, wanted)
+            while True:
+                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise TimeoutError
+                again = steps.send(ready[0][1])
+                if again != wanted:
+                    wanted = again
+                    selector.modify(socket, wanted)
+    except StopIteration as end:
+        return end.value

@@ -201,7 +201,7 @@ def test_sentinels_that_know_no_master_are_given_up_in_time() -> None:
         services.sentinel(server, name="another") as url,
         services.refused() as port,
     ):
-        lost = url.replace("sentinel://", f"sentinel://127.0.0.1:{port};sentinel://:hush@").replace("=x", "=shop")
+        lost = url.replace("sentinel://", f"sentinel://127.0.0.1:{port};sentinel://:hush@").replace("=another", "=shop")
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match="shop") as caught:
             open_store(lost, timeout=2).get("k")
