@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from celerykit.errors import StoreUnavailable
 from celerykit.stores import Hold, Store
@@ -29,6 +29,22 @@ class _Held(NamedTuple):
     hold: Hold
 
 
+class _Process:
+    """What one process keeps, and its thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # Each for itself: a key's next run may begin here before a renewal of the last one has its answer.
+        self.held: dict[_Held, str] = {}
+        self.renewed_by: dict[str, Callable[[], None]] = {}
+        self.has_some = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.held or self.renewed_by)
+
+
 class Renewal:
     """
     Renews leases from a thread of its own, as long as there are any.
@@ -42,79 +58,79 @@ class Renewal:
 
     def __init__(self, lease: Callable[[], float]) -> None:
         self._lease = lease
-        self._begin()
+        self._processes: dict[int, _Process] = {}
 
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._held: dict[str, _Held] = {}
-        self._renewed_by: dict[str, Callable[[], None]] = {}
-        self._has_some = threading.Event()
-        self._thread: threading.Thread | None = None
+    @property
+    def _here(self) -> _Process:
+        # By process id: a thread does not survive a fork, and a lock that it held is held for ever.
+        pid = os.getpid()
+        return self._processes.get(pid) or self._processes.setdefault(pid, _Process())
 
     @contextmanager
     def holding(self, store: Store, hold: Hold) -> Iterator[None]:
         """Keep a record's lease while the block runs. All records are renewed in one round trip."""
-        held = _Held(store, hold)
-        self._add(self._held, hold.key, held)
+        here, held = self._here, _Held(store, hold)
+        here.held[held] = hold.key
+        self._wake(here)
         try:
             yield
         finally:
-            if self._held.get(hold.key) is held:
-                self.drop(hold.key)
+            here.held.pop(held, None)
 
     def keep(self, name: str, renew: Callable[[], None]) -> None:
         """Call *renew* from time to time, until `drop` is called with this name. What it raises is logged."""
-        self._add(self._renewed_by, name, renew)
+        here = self._here
+        here.renewed_by[name] = renew
+        self._wake(here)
 
     def drop(self, name: str) -> None:
-        """Renew it no longer."""
-        self._held.pop(name, None)
-        self._renewed_by.pop(name, None)
+        """Renew it no longer: what is kept by this name, or the record under this key."""
+        here = self._here
+        here.renewed_by.pop(name, None)
+        for held in list(here.held):
+            if held.hold.key == name:
+                here.held.pop(held, None)
 
-    def _add(self, where: dict[str, Any], name: str, what: Any) -> None:
-        if self._pid != os.getpid():
-            # Its thread is not here, and its lock may be held for ever.
-            self._begin()
-            where = self._held if isinstance(what, _Held) else self._renewed_by
-        with self._lock:
-            where[name] = what
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name="celerykit-renewal", daemon=True)
-                self._thread.start()
-        self._has_some.set()
+    def _wake(self, here: _Process) -> None:
+        with here.lock:
+            if here.thread is None or not here.thread.is_alive():
+                here.thread = threading.Thread(target=self._run, args=(here,), name="celerykit-renewal", daemon=True)
+                here.thread.start()
+        here.has_some.set()
 
-    def _run(self) -> None:
+    def _run(self, here: _Process) -> None:
         pause, sleep = self._lease() / _RENEWALS, threading.Event()
         while True:
             sleep.wait(pause)
             self.renew()
-            if not (self._held or self._renewed_by):
-                self._has_some.clear()
-                if not (self._held or self._renewed_by):
-                    self._has_some.wait()
+            if here.is_idle:
+                here.has_some.clear()
+                if here.is_idle:
+                    here.has_some.wait()
 
     def renew(self) -> None:
         """Renew all there is, now."""
-        held = dict(self._held)
-        for store in {id(one.store): one.store for one in held.values()}.values():
-            self._renew_records(store, {name: one.hold for name, one in held.items() if one.store is store})
-        for name, renew in dict(self._renewed_by).items():
+        here = self._here
+        held = list(here.held)
+        for store in {id(one.store): one.store for one in held}.values():
+            _renew_records(here, [one for one in held if one.store is store])
+        for name, renew in dict(here.renewed_by).items():
             try:
                 renew()
             except Exception as error:  # noqa: BLE001  (an edge: one that fails must not end the others)
                 log.warning("lease.not_renewed %s: %s", name, error)
 
-    def _renew_records(self, store: Store, holds: dict[str, Hold]) -> None:
-        try:
-            are_there = store.renew(list(holds.values()))
-        except StoreUnavailable as error:
-            log.warning("lease.not_renewed records=%d: %s", len(holds), error)
-            return
-        except Exception:  # (an edge: without this thread what is running would run twice)
-            log.exception("lease.not_renewed records=%d", len(holds))
-            return
-        for name, is_there in zip(holds, are_there, strict=True):
-            if not is_there and name in self._held:
-                self.drop(name)
-                log.warning("lease.lost %s: somebody else has it now, or it was released", holds[name].key)
+
+def _renew_records(here: _Process, of_a_store: list[_Held]) -> None:
+    try:
+        are_there = of_a_store[0].store.renew([held.hold for held in of_a_store])
+    except StoreUnavailable as error:
+        log.warning("lease.not_renewed records=%d: %s", len(of_a_store), error)
+        return
+    except Exception:  # (an edge: without this thread what is running would run twice)
+        log.exception("lease.not_renewed records=%d", len(of_a_store))
+        return
+    for held, is_there in zip(of_a_store, are_there, strict=True):
+        # What is not held any more has ended meanwhile.
+        if not is_there and here.held.pop(held, ""):
+            log.warning("lease.lost %s: somebody else has it now, or it was released", held.hold.key)
