@@ -19,8 +19,8 @@ __all__ = ["Hold", "New", "Record", "Store", "Swap", "Swapped", "default_url", "
 _REDIS = frozenset({"redis", "rediss", "redis+socket", "sentinel"})
 
 #: As SQLAlchemy writes it, as Celery does for results, and as Kombu does for a broker.
-_SQL = re.compile(r"(db\+|sqla\+)?(postgres|postgresql|sqlite)(\+\w+)?://", re.IGNORECASE)
-_IN_MEMORY = re.compile(r"sqlite(\+\w+)?:///?([?:].*)?$", re.IGNORECASE)
+_SQL = re.compile(r"(db\+|sqla\+)?(postgres(ql)?(\+psycopg2?)?|sqlite(\+pysqlite)?)://", re.IGNORECASE)
+_IN_MEMORY = re.compile(r"sqlite(\+pysqlite)?:///?([?:].*)?$", re.IGNORECASE)
 
 
 class Record(NamedTuple):
@@ -114,7 +114,10 @@ class Hold(NamedTuple):
 
 class Store(Protocol):
     """
-    Counts, marks, records and slots. Every call is one round trip, and safe from any thread and after a fork.
+    Counts, marks, records and slots.
+
+    Every call is safe from any thread and after a fork. To Redis and Valkey it is one round trip; PostgreSQL
+    takes two or three where it moves many records, takes a slot, or has to say what it found instead.
 
     Each raises `StoreUnavailable` when the store does not answer in time, or
     refuses. Whether it did what was asked is then unknown.
@@ -156,11 +159,11 @@ class Store(Protocol):
         ...
 
     def swap(self, *swaps: Swap) -> list[Swapped]:
-        """Compare and swap: each atomic by itself, one after the other, in one round trip."""
+        """Compare and swap: each atomic by itself, one after the other, all sent together."""
         ...
 
     def renew(self, holds: Sequence[Hold]) -> list[bool]:
-        """Begin leases anew, and tell which records are still there as they were; one round trip for all."""
+        """Begin leases anew, and tell which records are still there as they were."""
         ...
 
     def take(self, key: str, holder: str, *, limit: int, ttl: float) -> float:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from celerykit.errors import InvalidSettings, StoreUnavailable
 from celerykit.stores import Hold, Record, Swap, Swapped
-from celerykit.stores.sql_addresses import place, read_url
+from celerykit.stores.sql_addresses import place, read_url, secrets
 from celerykit.stores.sql_connections import Borrowed, Connections, Own
 from celerykit.stores.sql_tables import statements
 
@@ -61,7 +61,7 @@ class SqlStore:
         address = read_url(url)
         self._dialect = address.get_backend_name()
         self._place = place(address)
-        self._password = str(address.password or "")
+        self._secrets = secrets(address)
         self._timeout = timeout
         self._prefix = prefix
         self._clock = clock if self._dialect == "sqlite" else None
@@ -227,11 +227,10 @@ class SqlStore:
         return bool(self._run(connection, replace, this_key=key, expected=swap.expected, **_content(swap)))
 
     def _swap_all(self, swaps: Sequence[Swap], connection: Connection) -> list[Swapped]:
-        # Sorting keeps the order of those with the same key.
-        order = sorted(range(len(swaps)), key=lambda number: self._key(swaps[number].key))
+        keys = [self._key(swap.key) for swap in swaps]
         swapped: dict[int, Swapped] = {}
         with self._connections.begin(connection):
-            for is_new, numbers in _runs(order, swaps):
+            for is_new, numbers in _runs(keys, swaps):
                 do = self._write_all if is_new else self._swap_each
                 swapped.update(zip(numbers, do([swaps[number] for number in numbers], connection), strict=True))
         return [swapped[number] for number in range(len(swaps))]
@@ -240,24 +239,26 @@ class SqlStore:
         return [self._swap(swap, connection) for swap in swaps]
 
     def _write_all(self, swaps: Sequence[Swap], connection: Connection) -> list[Swapped]:
-        """Write records where nothing must be, each under another key, by a statement for very many of them."""
-        rows = [self._parameters(this_key=self._key(swap.key), **_content(swap)) for swap in swaps]
+        """Write records where nothing must be, each under another key, by one statement."""
+        keys = [self._key(swap.key) for swap in swaps]
+        rows = [self._parameters(this_key=key, **_content(swap)) for key, swap in zip(keys, swaps, strict=True)]
         written = set(connection.execute(self._do.write, rows).scalars())
-        refused = [self._key(swap.key) for swap in swaps if self._key(swap.key) not in written]
-        found = {row.key: _record(row) for row in self._rows(self._do.read_many, connection, keys=refused)}
-        return [
-            Swapped(done=True, found=None)
-            if (key := self._key(swap.key)) in written
+        refused = [key for key in keys if key not in written]
+        there = self._rows(self._do.read_many, connection, keys=refused) if refused else []
+        found = {row.key: _record(row) for row in there}
+
+        def outcome(key: str, swap: Swap) -> Swapped:
+            if key in written:
+                return Swapped(done=True, found=None)
             # What stood there may have gone in between.
-            else Swapped(done=False, found=found[key])
-            if key in found
-            else self._swap(swap, connection)
-            for swap in swaps
-        ]
+            return Swapped(done=False, found=found[key]) if key in found else self._swap(swap, connection)
+
+        return list(map(outcome, keys, swaps))
 
     def _renew_all(self, holds: Sequence[Hold], connection: Connection) -> list[bool]:
         if len(holds) == 1:
             return [self._is_renewed(connection, holds[0])]
+        # In the order of their keys, as in `swap`.
         order = sorted(range(len(holds)), key=lambda number: self._key(holds[number].key))
         with self._connections.begin(connection):
             renewed = {number: self._is_renewed(connection, holds[number]) for number in order}
@@ -327,8 +328,8 @@ class SqlStore:
             reason = f"{type(cause).__name__} {state}".strip()
             return StoreUnavailable(f"the store at {self._place} refused ({reason}).")
         text = str(cause).strip().partition("\n")[0]
-        if self._password:
-            text = text.replace(self._password, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
         return StoreUnavailable(
             f"the store at {self._place} did not answer within {self._timeout:g} s ({type(cause).__name__}: {text}). "
             "Check that it runs, and CELERYKIT_STORE_URL."
@@ -356,15 +357,20 @@ def _record(row: Any) -> Record:
     return Record(row.version, row.data, row.lease)
 
 
-def _runs(order: Sequence[int], swaps: Sequence[Swap]) -> Iterator[tuple[bool, list[int]]]:
-    """Split into runs that can be written together, where nothing must be and no key comes twice, and others."""
-    times = Counter(swap.key for swap in swaps)
+def _runs(keys: Sequence[str], swaps: Sequence[Swap]) -> Iterator[tuple[bool, list[int]]]:
+    """
+    Split the numbers of *swaps*, in the order of their keys, into runs that one statement can do, and others.
+
+    It can where nothing must be yet, and no key comes twice.
+    """
+    times = Counter(keys)
 
     def is_new(number: int) -> bool:
         swap = swaps[number]
-        return swap.expected is None and swap.new is not None and times[swap.key] == 1
+        return swap.expected is None and swap.new is not None and times[keys[number]] == 1
 
-    for together, numbers in groupby(order, key=is_new):
+    # Sorting leaves those with the same key as they were.
+    for together, numbers in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=is_new):
         yield together, list(numbers)
 
 

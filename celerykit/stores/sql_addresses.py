@@ -7,11 +7,11 @@ import sqlite3
 from importlib.util import find_spec
 
 from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError
 
 from celerykit.errors import InvalidSettings
 
-__all__ = ["place", "read_url"]
+__all__ = ["place", "read_url", "secrets"]
 
 #: `INSERT … RETURNING`.
 _OLDEST_SQLITE = (3, 35)
@@ -46,6 +46,12 @@ def place(url: URL) -> str:
     return f"{url.host or url.query.get('host', 'the default host')}:{url.port or 5432}, database {url.database}"
 
 
+def secrets(url: URL) -> list[str]:
+    """List what an error's text must not repeat."""
+    query = (url.query.get(name) for name in ("password", "sslpassword"))
+    return [str(secret) for secret in (url.password, *query) if secret]
+
+
 def _driver(name: str) -> str:
     backend, plus, driver = name.lower().partition("+")
     if backend not in ("postgres", "postgresql"):
@@ -57,14 +63,7 @@ def _driver(name: str) -> str:
 
 def _check_driver(url: URL) -> None:
     try:
-        dialect = url.get_dialect()
-        if dialect.is_async:
-            raise InvalidSettings(f"CELERYKIT_STORE_URL: {url.drivername} is for asyncio; write postgresql+psycopg://.")
-        dialect.import_dbapi()
-    except NoSuchModuleError:
-        raise InvalidSettings(
-            f"CELERYKIT_STORE_URL: there is no driver {url.drivername}; write {url.get_backend_name()}://."
-        ) from None
+        url.get_dialect().import_dbapi()
     except ImportError as error:
         raise InvalidSettings(
             f"CELERYKIT_STORE_URL: {url.drivername} is not installed: pip install 'celerykit[sql]'."

@@ -181,6 +181,7 @@ def test_threads_never_hold_more_slots_than_there_are() -> None:
         ("amqp://a", "db+sqlite:///:memory:", "memory://"),
         ("amqp://a", "db+sqlite:///", "memory://"),
         ("amqp://a", "db+mysql://h/d", "memory://"),
+        ("amqp://a", "db+postgresql+pg8000://h/d", "memory://"),
         ("sqla+postgresql+psycopg2://h/d", None, "sqla+postgresql+psycopg2://h/d"),
         ("sqla+sqlite:///b.sqlite", "redis://r", "redis://r"),
         ("sqla+postgresql://u:p;w@h/d", "rpc://", "sqla+postgresql://u:p;w@h/d"),
