@@ -106,5 +106,6 @@ class Kit(BaseModel):
 
     lease: Duration = Field(
         default=timedelta(seconds=30),
-        description="How long a worker's messages stay its own after its last sign of life, on Redis and Valkey.",
+        description="How long what a process holds stays its own after its last sign of life: a worker's messages "
+        "(on Redis and Valkey), running keys, slots of limits, the lead among beats.",
     )

@@ -138,6 +138,12 @@ OPINIONS = (
         when=_quorum,
     ),
     Opinion(
+        "beat_scheduler",
+        "celerykit.beat:Scheduler",
+        "Any number of beats may run: one leads, and what is due is sent once. Without a store that they share it is "
+        "Celery's own.",
+    ),
+    Opinion(
         "worker_concurrency",
         "auto",
         "Celery counts the CPUs of the whole node; `auto` counts those this container may use. Only in a container.",

@@ -118,12 +118,13 @@ CASES = [
         {"always-eager": "warning", "store-per-process": "info"},
     ),
     (rabbit(task(needs=["once"], keep=60.0, time_limit=5), kit={"lease": 1}), {"short-lease": "warning"}),
-    (facts(conf={"beat_schedule": {"nightly": {}}}), {"one-beat-only": "info"}),
-    (facts(conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "celerykit.beat:Scheduler"}), {}),
+    (facts(conf={"beat_schedule": {"nightly": {}}}), {}),
     (
-        facts(
-            conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "celerykit.beat:Scheduler"}, store_is_shared=False
-        ),
+        facts(conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "celery.beat:PersistentScheduler"}),
+        {"one-beat-only": "info"},
+    ),
+    (
+        facts(conf={"beat_schedule": {"nightly": {}}}, store_is_shared=False),
         {"one-beat-only": "info", "store-per-process": "info"},
     ),
     (facts(conf={"beat_schedule": {"nightly": {}}, "beat_scheduler": "redbeat.RedBeatScheduler"}), {}),
