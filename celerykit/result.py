@@ -134,6 +134,7 @@ class Result(celery.result.AsyncResult[R_co], Generic[R_co]):
             ResultNotStored: The task's results are not stored.
         """
         if cast("Any", self)._cache is not None:
+            self._ignored = False
             return
         if isinstance(self.backend, DisabledBackend):
             raise ResultNotStored(

@@ -92,7 +92,7 @@ def ping_at(url: str, queue: str, settings: Mapping[str, Any] = QUORUM) -> Any:
         **settings,  # type: ignore[arg-type]
     )
 
-    @app.task(name="ping")
+    @app.task(name="ping", shared=False)
     def ping(n: int = 0) -> None: ...
 
     return ping
@@ -297,7 +297,7 @@ def test_a_retry_with_a_delay_stays_in_its_queue(rabbitmq: Any, tmp_path: Path) 
     with services.worker("retrying", url=rabbitmq.url, pool="solo", options=["-Q", "aside"], cwd=tmp_path):
         app = CeleryKit("retrying", broker=rabbitmq.url, set_as_current=False, **QUORUM)  # type: ignore[arg-type]
 
-        @app.task(name="retrying.again")
+        @app.task(name="retrying.again", shared=False)
         def again(path: str) -> None: ...
 
         again.apply_async((str(seen),), queue="aside", countdown=1)

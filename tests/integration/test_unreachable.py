@@ -42,7 +42,7 @@ def app_at(broker: str, *, backend: str | None = None, **settings: Any) -> Celer
 
 
 def task_of(app: CeleryKit) -> Any:
-    @app.task(name="ping", ignore_result=False)
+    @app.task(name="ping", ignore_result=False, shared=False)
     def ping(n: int = 0) -> int:
         return n
 

@@ -16,7 +16,7 @@ from celerykit.headers import HEADER, Headers
 
 @pytest.fixture
 def ping(app: Any) -> Any:
-    @app.task(name="ping")
+    @app.task(name="ping", shared=False)
     def ping(n: int = 0) -> None: ...
 
     return ping
@@ -42,7 +42,7 @@ def test_a_message_says_which_queue_it_was_sent_to(app: Any, ping: Any) -> None:
 def test_a_route_is_a_queue_too(make_app: Any) -> None:
     app = make_app(task_routes={"ping": "routed"})
 
-    @app.task(name="ping")
+    @app.task(name="ping", shared=False)
     def ping() -> None: ...
 
     ping.delay()
