@@ -152,7 +152,8 @@ def _claiming(calls: list[Unsent], progress: _Progress) -> Iterator[tuple[list[U
         claiming.take_back([one for one in claimed.values() if one.id not in gone])
         raise
     for result in progress.sent:
-        result.duplicate = is_duplicate.get(result.id, result.duplicate)
+        # Another one of them may have joined it, and has its id.
+        result.duplicate = result.duplicate or is_duplicate.get(result.id, False)
 
 
 def _checked(index: int, call: Unsent) -> Unsent:
