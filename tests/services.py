@@ -53,12 +53,12 @@ _RABBITMQ = "/usr/lib/rabbitmq/bin/rabbitmq-server"
 #: Where Debian has PostgreSQL's programs, version by version; only some of them are on PATH.
 _POSTGRESQL = "/usr/lib/postgresql"
 
-#: What runs before PostgreSQL where we are root, which it refuses: become somebody else, then the command. Whoever
-#: changes its user loses the wish for a signal at the death of its parent.
-_AS_USER = (
+#: What runs before PostgreSQL: become somebody else where we are root, which it refuses, and ask for SIGINT when the
+#: parent dies. At the SIGTERM that every process of tests asks for, it would wait for its clients.
+_BEFORE_POSTGRESQL = (
     "import ctypes, os, sys\n"
-    "os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))\n"
-    "sys.platform == 'linux' and ctypes.CDLL(None).prctl(1, 15)\n"  # PR_SET_PDEATHSIG, SIGTERM
+    "if sys.argv[1]: os.setgroups([]); os.setgid(int(sys.argv[2])); os.setuid(int(sys.argv[1]))\n"
+    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 2)\n"  # PR_SET_PDEATHSIG, SIGINT
     "os.execv(sys.argv[3], sys.argv[3:])\n"
 )
 
@@ -246,11 +246,11 @@ class PostgreSQL:
         self._folder = folder
         self._data = folder / "data"
         self._process: Process | None = None
-        self._prefix: list[str] = []
+        self._ids = ["", ""]
         if os.geteuid() == 0:
             user = _first_user("postgres", "nobody")
             os.chown(folder, user.pw_uid, user.pw_gid)
-            self._prefix = [sys.executable, "-I", "-S", "-c", _AS_USER, str(user.pw_uid), str(user.pw_gid)]
+            self._ids = [str(user.pw_uid), str(user.pw_gid)]
 
     @property
     def url(self) -> str:
@@ -308,7 +308,7 @@ class PostgreSQL:
         self._process = None
 
     def _command(self, program: str) -> list[str]:
-        return [*self._prefix, str(self._binaries / program)]
+        return [sys.executable, "-I", "-S", "-c", _BEFORE_POSTGRESQL, *self._ids, str(self._binaries / program)]
 
     def _run(self, program: str, *options: str, said: str = "") -> None:
         ended = subprocess.run(
