@@ -6,9 +6,9 @@ Without celery-types mypy takes Celery's `Task` for `Any`, and with it whether a
 
 from __future__ import annotations
 
-from good import Order, Receipt, app, charge, fetch, mail, order, ship
+from good import Order, Receipt, app, charge, fetch, mail, order, pay, ship
 
-from celerykit import Backoff, Retry
+from celerykit import Backoff, Once, Retry, remember
 
 charge.delay(1)  # wrong: the type of an argument
 charge.delay()  # wrong: a missing argument
@@ -35,6 +35,23 @@ def f(order: Order) -> None: ...
 def h() -> None: ...
 
 
+@app.task(once=True)  # wrong: not a policy
+def i() -> None: ...
+
+
+@app.task(once=Once(), on_store_down="wait")  # wrong: not one of the three
+def j() -> None: ...
+
+
+Once(running="reuse")  # wrong: an answer of the other question
+Once(done="join")  # wrong: and the other way round
+Once(keep="1d")  # wrong: the type of an option of a policy
+Once(key="order_id")  # wrong: not a function
+pay.using(kee="k")  # wrong: a misspelt key
+pay.using(key="k").delay(order)  # wrong: a key does not loosen the parameters
+pay.delay(order)  # wrong: nor does a policy
+pay.delay(order).duplikate  # wrong: a misspelt attribute of the result
+remember(1)  # wrong: without the transaction it is recorded in
 Retry({"OSError": Backoff()})  # wrong: the name of an exception, and not its class
 Retry(OSError, attempts="3")  # wrong: the type of an option of a policy
 app.dead_letters.find(resaon="failed")  # wrong: a misspelt filter

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Coroutine
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any, Literal, assert_type
+from typing import Annotated, Any, Literal, assert_type
+from uuid import UUID
 
 from celery import chain, chord, group
 from pydantic import BaseModel
@@ -18,12 +19,17 @@ from celerykit import (
     Call,
     CeleryKit,
     Dead,
+    DuplicateCall,
+    Key,
+    KeyConflict,
     Next,
+    Once,
     Result,
     Retry,
     RetryAfter,
     Snooze,
     Task,
+    remember,
     shared_task,
 )
 
@@ -145,6 +151,53 @@ def collect(order: Order) -> Receipt:
 assert_type(collect.delay(order).get(), Receipt)
 assert_type(collect.retry_policy, Retry | None)
 CeleryKit("with a policy", retry=Retry(OSError, within=timedelta(hours=1)))
+
+
+# Keys.
+class Payment(BaseModel):
+    payment_id: Annotated[UUID, Key()]
+
+
+@app.task(once=Once(running="join", done="reuse", keep=timedelta(days=1)), on_store_down="run")
+def pay(payment: Payment, *, currency: Currency = "EUR") -> Receipt:
+    receipt = Receipt(total=Decimal(1))
+    remember(receipt, on=None)
+    return receipt
+
+
+def number(order: Order) -> int:
+    return order.order_id
+
+
+@app.task(once=Once(key=number, keep=60))
+async def send(order: Order) -> bytes:
+    return b""
+
+
+@shared_task(once=Once(running="raise", done="rerun"), remember=True)
+def notify(tenant: Annotated[str, Key], text: str) -> None: ...
+
+
+def double_click(payment: Payment) -> Receipt | None:
+    try:
+        result = pay.delay(payment)
+    except KeyConflict as conflict:
+        assert_type(conflict.first, str)
+        return None
+    except DuplicateCall as duplicate:
+        assert_type(duplicate.key, str)
+        return None
+    assert_type(result.duplicate, bool | None)
+    return result.get()
+
+
+assert_type(pay.using(key="click-1").delay(Payment(payment_id=UUID(int=1)), currency="USD").get(), Receipt)
+assert_type(pay.using(key=UUID(int=1)).s(Payment(payment_id=UUID(int=1))).delay().get(), Receipt)
+assert_type(pay.apply_async((Payment(payment_id=UUID(int=1)),), key=7), Result[Receipt])
+assert_type(pay.apply((Payment(payment_id=UUID(int=1)),)).duplicate, bool | None)
+assert_type(send.using(key="k").delay(order).get(), bytes)
+assert_type(notify.delay("a", text="b").get(), None)
+assert_type(pay.once_policy, Once | None)
 
 # Dead letters.
 [letter.note.reason for letter in app.dead_letters.find(task=collect.name, since=timedelta(hours=2))]
