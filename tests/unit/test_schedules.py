@@ -9,6 +9,7 @@ from typing import Any, cast
 import celery
 import celery.beat
 import pytest
+from celery import _state
 from celery.schedules import crontab
 from celery.schedules import schedule as interval
 
@@ -20,6 +21,12 @@ from celerykit.schedules import install, missed_of, read
 def fields(schedule: Any) -> tuple[set[int], ...]:
     assert isinstance(schedule, crontab)
     return schedule.minute, schedule.hour, schedule.day_of_month, schedule.month_of_year, schedule.day_of_week
+
+
+@pytest.fixture
+def few_shared_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep shared tasks of one test out of the apps of the next."""
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(cast("Any", _state)._on_app_finalizers))
 
 
 # What may be written
@@ -206,39 +213,26 @@ def test_apps_do_not_see_each_others_schedules(make_app: Any) -> None:
     assert settle.name not in (other.conf.beat_schedule or {})
 
 
-def test_a_shared_task_has_its_schedule_in_every_app(make_app: Any) -> None:
+def test_a_shared_task_has_its_schedule_in_every_app(make_app: Any, few_shared_tasks: None) -> None:
     one, other = make_app(), make_app(timezone="Asia/Tokyo")
 
     @celerykit_shared_task(name="shared.settle", schedule="0 3 * * *")
     def settle() -> None: ...
 
-    try:
-        for app in (one, other):
-            app.finalize()
-        entries = [app.conf.beat_schedule["shared.settle"] for app in (one, other)]
-    finally:
-        forget_shared_tasks("settle")
+    for app in (one, other):
+        app.finalize()
+    entries = [app.conf.beat_schedule["shared.settle"] for app in (one, other)]
 
     assert entries[0]["schedule"] is not entries[1]["schedule"]
 
 
-def forget_shared_tasks(name: str) -> None:
-    from celery import _state
-
-    mine = {connect for connect in cast("Any", _state)._on_app_finalizers if name in repr(connect.__closure__)}
-    cast("Any", _state)._on_app_finalizers.difference_update(mine)
-
-
-def test_a_stock_app_is_not_troubled_by_a_shared_task_with_a_schedule() -> None:
+def test_a_stock_app_is_not_troubled_by_a_shared_task_with_a_schedule(few_shared_tasks: None) -> None:
     stock = celery.Celery("stock", set_as_current=False, broker="memory://")
 
     @celerykit_shared_task(name="shared.for_stock", schedule=5)
     def for_stock() -> None: ...
 
-    try:
-        assert "shared.for_stock" in cast("Any", stock).tasks
-    finally:
-        forget_shared_tasks("for_stock")
+    assert "shared.for_stock" in cast("Any", stock).tasks
 
 
 def test_a_class_has_a_schedule_but_not_what_inherits_from_it(app: Any) -> None:
