@@ -87,7 +87,8 @@ def _headers_of(request: Any, header: Headers, later: Later) -> dict[str, Any]:
     if not isinstance(later, Waiting):
         return headers_of_next(request, header, later.attempt, outcome=later.kind, error=later.error)
     # Nothing ran: it is the same turn, and no row in the ledger.
-    return replace(header, joined=later.joined, sent_at=header.sent_at or time.time()).added_to(_kept(request))
+    sent_at = header.sent_at or time.time()
+    return replace(header, joined=later.joined, waits=header.waits + 1, sent_at=sent_at).added_to(_kept(request))
 
 
 def headers_of_next(
@@ -96,7 +97,7 @@ def headers_of_next(
     """Give the headers of the next message, with a row for this run in the ledger."""
     row = _row(request, header, outcome, error)
     following = replace(
-        header, attempt=attempt, due_at=None, ledger=(*header.ledger, row), turn=header.turn + 1, joined=None
+        header, attempt=attempt, due_at=None, ledger=(*header.ledger, row), turn=header.turn + 1, joined=None, waits=0
     )
     return following.added_to(_kept(request))
 

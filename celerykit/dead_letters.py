@@ -533,6 +533,7 @@ def repaired(letter: Letter, *, now: float, nonce: str, new_id: str | None = Non
         replayed_by=f"{letter.id}/{nonce}",
         turn=0,
         joined=None,
+        waits=0,
     )
     return Outgoing(
         body=_body_of_first_protocol(letter, changes, now) if first_protocol else _without_chord(letter),

@@ -115,6 +115,9 @@ class Headers:
 
         joined:
             The id of the call with the same key that this one waits for.
+
+        waits:
+            How often this turn was sent once more, to wait.
     """
 
     contract: str | None = None
@@ -129,6 +132,7 @@ class Headers:
     key: str | None = None
     call: str | None = None
     joined: str | None = None
+    waits: int = 0
 
     @classmethod
     def of(cls, message_headers: Mapping[str, Any] | None) -> Self:
@@ -150,6 +154,7 @@ class Headers:
             key=_text(ours.get("key")),
             call=_text(ours.get("call")),
             joined=_text(ours.get("joined")),
+            waits=_count(ours.get("waits"), least=0),
         )
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Headers:
         return facts
 
 
-_SAID_IF_ANY = ("queue", "sent_at", "due_at", "replay", "replayed_by", "turn", "key", "call", "joined")
+_SAID_IF_ANY = ("queue", "sent_at", "due_at", "replay", "replayed_by", "turn", "key", "call", "joined", "waits")
 _FACTS = {*Headers.__dataclass_fields__, "v"}
 
 

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.json import dumps
 
 from celerykit.dead_letters import Letter, Outgoing, payload_of, repaired, replay_mark, rewritten
-from celerykit.errors import InvalidPayload, Problem, StoreUnavailable
+from celerykit.errors import CelerykitError, InvalidPayload, Problem, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, State, find_claim
 from celerykit.letter_queues import Held, LetterQueue, NoQueue
@@ -184,10 +184,28 @@ def edited(app: CeleryKit, letter: Letter, change: Change) -> Letter:
     before = payload_of(letter)
     old = (list(before.args), dict(before.kwargs)) if before else ([], {})
     args, kwargs = change(*old) or old
-    contract = getattr(app.tasks.get(cast("Any", letter.note.task)), "contract", None)
+    task = app.tasks.get(cast("Any", letter.note.task))
+    contract = getattr(task, "contract", None)
     if contract is not None:
         args, kwargs = contract.dump(args, kwargs)
-    return rewritten(letter, args, kwargs, contract=contract and contract.fingerprint, encode=dumps)
+    changed = rewritten(letter, args, kwargs, contract=contract and contract.fingerprint, encode=dumps)
+    return _with_key_of_new(task, changed, before, (args, kwargs)) if before else changed
+
+
+def _with_key_of_new(task: Any, letter: Letter, before: Any, after: tuple[Any, Any]) -> Letter:
+    """Give a letter the key of its new arguments, if it had that of the old ones, and not one that was given."""
+    claims, header = getattr(task, "claims", None), Headers.of(letter.headers)
+    if claims is None or claims.keys is None or header.key is None:
+        return letter
+    try:
+        was_derived = claims.identify(before.args, before.kwargs, id=None).key == header.key
+    except CelerykitError:
+        # They did not fit, and nobody knows whose key it is; the worker derives that of the new ones.
+        was_derived = True
+    if not was_derived:
+        return letter
+    new = claims.identify(*after, id=None)
+    return replace(letter, headers=replace(header, key=new.key, call=new.call or None).added_to(letter.headers))
 
 
 def _check(app: CeleryKit, letter: Letter, *, force: bool) -> None:

@@ -68,7 +68,7 @@ _MAPPERS = ("celery.map", "celery.starmap")
 _POSITIONAL = ("task_id", "producer", "link", "link_error", "shadow")
 
 # Marks on the request of a running task, beside the one in `again`; each run has a request of its own.
-_RAN, FINISHED, _REPLACED, _SENT = "celerykit_ran", "celerykit_finished", "celerykit_replaced", "celerykit_sent"
+_RAN, FINISHED, _REPLACED = "celerykit_ran", "celerykit_finished", "celerykit_replaced"
 
 #: Of ids that are derived from another call's.
 _DERIVED = uuid.UUID("0d4be1b1-7d5c-5d3c-9f3c-6f0f6c2d7b61")
@@ -241,8 +241,6 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if header.key is None and (identity := self._identity(args, kwargs, key, options)):
             header = replace(header, key=identity.key, call=identity.call or None)
         options["headers"] = header.added_to(options.get("headers"))
-        if derived := self._derived_id(options):
-            options["task_id"] = derived
         if options.get("chord") is not None:
             # Backends without a join of their own look for the members' results; without them a chord never ends.
             options["ignore_result"] = False
@@ -263,21 +261,6 @@ class Task(celery.Task[P, R], Generic[P, R]):
             if self._speaks_for_finished(options):
                 return None  # its worker says so
             raise
-
-    def _derived_id(self, options: Mapping[str, Any]) -> str | None:
-        """
-        Give the id of a call that a finished one leads to, if that is remembered.
-
-        When it is delivered again, what it leads to is sent again, and is to be known for the same.
-        """
-        parent = self.app.current_worker_task
-        if options.get("task_id") or getattr(parent, "claims", None) is None:
-            return None
-        request = cast("Any", parent).request
-        if not hasattr(request, FINISHED):
-            return None
-        setattr(request, _SENT, getattr(request, _SENT, 0) + 1)
-        return str(uuid.uuid5(_DERIVED, f"{request.id} {self.name} {getattr(request, _SENT)}"))
 
     def send_prepared(self, args: Sequence[Any], kwargs: Mapping[str, Any], options: dict[str, Any]) -> Result[R]:
         """Send what `prepare` gave, unless it is a duplicate."""
@@ -496,7 +479,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
         setattr(request, again.ENTERED, time.time())
         call = self._call(request, args, kwargs)
         try:
-            return cast("R", self._pipeline(call))
+            result = cast("R", self._pipeline(call))
+            if self.claims is not None and request.callbacks:
+                _name_callbacks(request)
+            return result
         except Stopped as stopped:
             raise stopped.by from None
         except Skipped as skipped:
@@ -639,6 +625,17 @@ class Task(celery.Task[P, R], Generic[P, R]):
     @property
     def _kit(self) -> CeleryKit:
         return cast("CeleryKit", self.app)
+
+
+def _name_callbacks(request: Any) -> None:
+    """
+    Derive the ids of what follows on a remembered call from its own.
+
+    When it is delivered again they are sent again, and are known for the same. A chain or a group gets other ids.
+    """
+    for place, sig in enumerate(request.callbacks):
+        if not sig.get("subtask_type"):
+            sig["options"].setdefault("task_id", str(uuid.uuid5(_DERIVED, f"{request.id} {sig['task']} {place}")))
 
 
 def _countdown(retry: StockRetry) -> float:

@@ -207,7 +207,7 @@ class Claims:
         if answer is Answer.GO:
             claim = self.claimed(asked, found)
             return answer, claim, self._sent(claim, asked)
-        if answer is Answer.SEND_AGAIN and found is not None:
+        if answer is Answer.SEND_AGAIN and found is not None and found.state is not State.RUNNING:
             claim = found.moved(Event.SEND_AGAIN)
             return answer, claim, self._sent(claim, asked)
         return answer, found, None

@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 _Stock: Any = stock.Request
 
 
+def _place(request: Any) -> tuple[int, int]:
+    """Tell apart what was sent again, under the same id and for the same attempt."""
+    header = Headers.of(request.request_dict)
+    return header.turn, header.waits
+
+
 class Request(_Stock):  # type: ignore[misc]
     """
     A message that is never acknowledged before it ran or was buried.
@@ -150,7 +156,7 @@ class Request(_Stock):  # type: ignore[misc]
 
     def is_same(self, other: Request) -> bool:
         """Tell whether *other* is another delivery of this message."""
-        return bool(self.id == other.id and letter_of(self) == letter_of(other))
+        return bool(self.id == other.id and letter_of(self) == letter_of(other)) and _place(self) == _place(other)
 
     def take_over(self, other: Request) -> None:
         """Answer for another delivery of this message: the one this request came with is void."""

@@ -303,7 +303,7 @@ def test_what_is_done_does_not_run_when_it_is_delivered_again(
     assert shop.remembered.AsyncResult(f"{name}-2").get(timeout=WITHIN) == 1
 
 
-@pytest.mark.parametrize("links", [1])
+@pytest.mark.parametrize("links", [1, 2])
 def test_what_is_linked_to_a_call_is_sent_with_one_id_however_often(
     shop: Any, twice: Any, worker: services.Worker, runs: Any, name: str, links: int
 ) -> None:
