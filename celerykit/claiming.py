@@ -27,8 +27,9 @@ from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, Stor
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, Identity, Once, Sending, State, find_claim
 from celerykit.idempotency.claim import Answer
-from celerykit.idempotency.claims import Asked, Ended, send_all
+from celerykit.idempotency.claims import Ended
 from celerykit.idempotency.keys import Keys
+from celerykit.idempotency.sending import Asked, send_all
 from celerykit.idempotency.step import conflict, duplicate
 from celerykit.needs import store_for
 from celerykit.publishing import UnreachableBroker

@@ -6,7 +6,9 @@ Each key once: a call with an idempotency key takes effect once, whoever sends i
     policy    what a user declares: Once, and Key on a field
     keys      how a call's key is written
     claim     what is known of a key, the moves it can make, and what follows from what is found
-    claims    makes the moves, in a store
+    records   claims in a store: named, read, ended
+    sending   claims the keys of calls that are sent
+    claims    what a worker does with the claims of one task
     step      around the task in a worker
 
 A *claim* is the hold of one call on a key. It is taken when the call is sent,
@@ -17,9 +19,11 @@ comes. Deciding is pure (`claim`); a store only compares and swaps.
 from __future__ import annotations
 
 from celerykit.idempotency.claim import LEGAL, Claim, State, Turn
-from celerykit.idempotency.claims import Claims, Run, Sending, find_claim
+from celerykit.idempotency.claims import Claims, Run
 from celerykit.idempotency.keys import Identity
 from celerykit.idempotency.policy import Key, Once
+from celerykit.idempotency.records import find_claim
+from celerykit.idempotency.sending import Sending
 from celerykit.idempotency.step import Skipped, Waiting, once, remember
 
 __all__ = [

@@ -18,20 +18,16 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
 from celerykit.errors import InvalidOptions, StoreUnavailable
-from celerykit.idempotency.claim import LEGAL, Answer, Claim, Event, State, Turn, after, on_send, on_start, version
+from celerykit.idempotency.claim import Answer, Claim, Event, State, Turn, after, on_start, version
 from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
-from celerykit.stores import Hold, New, Record, Store, Swap
+from celerykit.idempotency.records import MOST_ROUNDS, SENT_ANEW_AFTER, changes_too_fast, claim_in, is_lapsed, record_of
+from celerykit.idempotency.sending import Asked, Sending, send_all
+from celerykit.stores import Hold, New, Store, Swap
 
-__all__ = ["Asked", "Claims", "Ended", "Run", "Sending", "end_claim", "find_claim", "record_of", "send_all"]
+__all__ = ["Claims", "Ended", "Run", "Starting"]
 
 log = logging.getLogger(__name__)
-
-#: Seconds after which a call that should be in its queue is sent once more by whoever joins it.
-_SENT_ANEW_AFTER = 60.0
-
-#: How often a move is decided anew because the claim has changed meanwhile.
-_MOST_ROUNDS = 20
 
 #: What follows when the run that has the key is gone.
 _AFTER_A_RUN = (Answer.GO, Answer.BURY)
@@ -64,19 +60,6 @@ class Run(NamedTuple):
     claim: Claim
 
 
-class Sending(NamedTuple):
-    """
-    What becomes of a call that is sent.
-
-    Attributes:
-        claim:
-            What is found under its key, or its own; ``None`` when the store did not answer.
-    """
-
-    answer: Answer
-    claim: Claim | None
-
-
 class Starting(NamedTuple):
     """What becomes of a message, and the claim that was found, or that it runs with."""
 
@@ -102,22 +85,6 @@ class Ended(NamedTuple):
     at: float
     result: Any = None
     error: str = ""
-
-
-class Asked(NamedTuple):
-    """
-    A call that is to be sent.
-
-    Attributes:
-        delay, until:
-            Seconds from now: when it is to start, and when it expires, if it does.
-    """
-
-    claims: Claims
-    identity: Identity
-    id: str
-    delay: float = 0.0
-    until: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,45 +161,6 @@ class Claims:
         except StoreUnavailable as error:
             log.warning("claim.not_taken_back key=%s id=%s: %s", identity.key, call_id, error)
 
-    def decide_send(self, asked: Asked, record: Record | None) -> tuple[Answer, Claim | None, New | None]:
-        """Tell what becomes of a call, and what is to be written."""
-        found = _claim_in(record)
-        answer = on_send(
-            found,
-            is_lapsed=_is_lapsed(record),
-            call=asked.identity.call,
-            policy=self.policy,
-            may_rerun=self.may_rerun,
-        )
-        if answer is Answer.GO:
-            claim = self.claimed(asked, found)
-            return answer, claim, self._sent(claim, asked)
-        if answer is Answer.SEND_AGAIN and found is not None and found.state is not State.RUNNING:
-            claim = found.moved(Event.SEND_AGAIN)
-            return answer, claim, self._sent(claim, asked)
-        return answer, found, None
-
-    def claimed(self, asked: Asked, found: Claim | None) -> Claim:
-        """Give the claim of a call that is sent."""
-        state = after(found.state if found else None, Event.SEND)
-        return Claim(
-            state=State(str(state)),
-            id=asked.id,
-            task=self.task,
-            call=asked.identity.call,
-            since=time.time(),
-            keep=self.policy.keep,
-        )
-
-    def _sent(self, claim: Claim, asked: Asked) -> New:
-        lease = asked.delay + _SENT_ANEW_AFTER
-        lives = max(asked.delay, asked.until or 0.0, _SENT_ANEW_AFTER)
-        return New(claim.version, claim.data(), ttl=lives + self.policy.keep, lease=lease)
-
-    def first(self, asked: Asked) -> Swap:
-        """Give the swap for a key that is free."""
-        return Swap(record_of(asked.identity.key), None, self._sent(self.claimed(asked, None), asked))
-
     # A worker's
 
     def start(
@@ -272,15 +200,15 @@ class Claims:
         )
         expected = version(State.WAITING if turn.number else State.CLAIMED, id, turn) if was_sent else None
         is_taken_over = False
-        for _ in range(_MOST_ROUNDS):
+        for _ in range(MOST_ROUNDS):
             [swapped] = self.store().swap(Swap(name, expected, self._running(running), lapsed=is_taken_over))
             if swapped.done:
                 return Starting(Answer.GO, Run(name, running))
-            found = _claim_in(swapped.found)
+            found = claim_in(swapped.found)
             expected = swapped.found.version if swapped.found else None
             answer = on_start(
                 found,
-                is_lapsed=_is_lapsed(swapped.found),
+                is_lapsed=is_lapsed(swapped.found),
                 id=id,
                 turn=turn,
                 call=identity.call,
@@ -299,7 +227,7 @@ class Claims:
             is_next = found is not None and found.id == id and turn > found.turn
             # Whose run it was does not matter: two calls that take it from each other would have no end.
             running = replace(running, runs=found.runs + 1 if found and is_taken_over and not is_next else 1)
-        raise _changes_too_fast(identity)
+        raise changes_too_fast(identity)
 
     def has_ended(self, name: str, found: Claim, *, is_gone: bool) -> bool:
         """
@@ -380,8 +308,8 @@ class Claims:
                 when it was sent already.
         """
         waiting = run.claim.moved(Event.PUT_OFF, turn=run.claim.turn.next(), token="", since=time.time(), resume=resume)
-        ttl = delay + max(self.policy.keep, _SENT_ANEW_AFTER)
-        self._record(run, New(waiting.version, waiting.data(), ttl=ttl, lease=delay + _SENT_ANEW_AFTER))
+        ttl = delay + max(self.policy.keep, SENT_ANEW_AFTER)
+        self._record(run, New(waiting.version, waiting.data(), ttl=ttl, lease=delay + SENT_ANEW_AFTER))
 
     def release(self, run: Run) -> None:
         """Free the key of a run that ended without an outcome."""
@@ -391,15 +319,15 @@ class Claims:
     def hand_back(self, run: Run) -> None:
         """Let a run go whose message goes back: it may start at once, and this start does not count."""
         claimed = run.claim.moved(Event.HAND_BACK, token="", since=time.time(), runs=0)
-        ttl = _SENT_ANEW_AFTER + self.policy.keep
-        self._record(run, New(claimed.version, claimed.data(), ttl=ttl, lease=_SENT_ANEW_AFTER))
+        ttl = SENT_ANEW_AFTER + self.policy.keep
+        self._record(run, New(claimed.version, claimed.data(), ttl=ttl, lease=SENT_ANEW_AFTER))
 
     def _record(self, run: Run, new: New | None) -> None:
         swap = Swap(run.key, run.claim.version, new)
         found = self._patiently(lambda: self.store().swap(swap)[0], run)
         if found is None or found.done:
             return
-        claim = _claim_in(found.found)
+        claim = claim_in(found.found)
         if new is None or claim is None or claim.version != new.version:
             # It ran past its lease, or was released by hand. What it did is done; nobody else's claim is touched.
             now = claim and f"{claim.state.value} by {claim.id}"
@@ -439,108 +367,3 @@ class Claims:
             self.store().renew([Hold(key, of_version, 0.0, self.policy.keep)])
         except StoreUnavailable as error:
             log.warning("claim.not_given_up key=%s: %s", key, error)
-
-
-def find_claim(store: Store, key: str) -> Claim | None:
-    """
-    Give the claim of a key.
-
-    Raises:
-        StoreUnavailable: Nobody knows.
-    """
-    return _claim_in(store.read(record_of(key)))
-
-
-def end_claim(
-    store: Store,
-    name: str,
-    id: str,  # noqa: A002  (Celery's name)
-    turn: Turn,
-    *,
-    token: str | None,
-    event: Event,
-    why: str = "",
-) -> None:
-    """
-    Move the claim of a call whose run is gone: it has failed, or is released.
-
-    Claims of others, of later turns, and such that are over stay as they are,
-    and so does a run of another *token* that renews its lease: the call was
-    delivered twice.
-
-    Raises:
-        StoreUnavailable: Nobody knows.
-    """
-    record = store.read(name)
-    for _ in range(_MOST_ROUNDS):
-        claim = _claim_in(record)
-        if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
-            return
-        if claim.state is State.RUNNING and claim.token != token and not _is_lapsed(record):
-            return
-        if (claim.state, event) not in LEGAL:
-            return  # it was handed back before it began
-        new = None
-        if (state := after(claim.state, event)) is not None:
-            moved = replace(claim, state=state, token="", since=time.time(), outcome=why, runs=0)
-            lease = _SENT_ANEW_AFTER if state is State.CLAIMED else None
-            new = New(moved.version, moved.data(), ttl=claim.keep + (lease or 0.0), lease=lease)
-        [swapped] = store.swap(Swap(name, record.version, new))
-        if swapped.done:
-            return
-        record = swapped.found
-
-
-def send_all(calls: Sequence[Asked]) -> list[Sending]:
-    """
-    Claim the keys of many calls, in one round trip if all are free.
-
-    Raises:
-        StoreUnavailable: Nobody knows.
-    """
-    if not calls:
-        return []
-    store = calls[0].claims.store()
-    swapped = store.swap(*(asked.claims.first(asked) for asked in calls))
-    return [
-        Sending(Answer.GO, asked.claims.claimed(asked, None)) if one.done else _settle(store, asked, one.found)
-        for asked, one in zip(calls, swapped, strict=True)
-    ]
-
-
-def _settle(store: Store, asked: Asked, found: Record | None) -> Sending:
-    name = record_of(asked.identity.key)
-    for _ in range(_MOST_ROUNDS):
-        answer, claim, new = asked.claims.decide_send(asked, found)
-        if answer is Answer.JOIN and claim is not None and asked.claims.has_ended(name, claim, is_gone=False):
-            found = store.read(name)
-            continue
-        if new is None:
-            return Sending(answer, claim)
-        expected = found.version if found else None
-        [swapped] = store.swap(Swap(name, expected, new, lapsed=answer is Answer.SEND_AGAIN))
-        if swapped.done:
-            return Sending(answer, claim)
-        found = swapped.found
-    raise _changes_too_fast(asked.identity)
-
-
-def _changes_too_fast(identity: Identity) -> StoreUnavailable:
-    return StoreUnavailable(f"the claim of {identity.key} has changed {_MOST_ROUNDS} times while it was looked at.")
-
-
-def _claim_in(record: Record | None) -> Claim | None:
-    try:
-        return None if record is None else Claim.of(record.data)
-    except (ValueError, TypeError, KeyError):
-        # Nobody's: as free as if it were not there, and overwritten by its version.
-        return None
-
-
-def _is_lapsed(record: Record | None) -> bool:
-    return record is not None and record.lease is not None and record.lease <= 0
-
-
-def record_of(key: str) -> str:
-    """Name the record of a key in the store."""
-    return f"once:{key}"

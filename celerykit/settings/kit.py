@@ -64,8 +64,8 @@ class Kit(BaseModel):
     store_url: SecretStr | None = Field(
         default=None,
         description="Where counts, marks and claims are kept: `redis://…`, `postgresql://…`, `sqlite:///path`, or "
-        "`memory://` for each process its own. Without it: the broker or the result backend, whichever is Redis or Valkey; else "
-        "whichever is SQL; else `memory://`.",
+        "`memory://` for each process its own. Without it: the broker or the result backend, whichever is Redis or "
+        "Valkey; else whichever is SQL; else `memory://`.",
     )
 
     dead_letter_queue: str = Field(

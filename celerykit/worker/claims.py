@@ -16,7 +16,7 @@ from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, State, Turn
 from celerykit.idempotency.claim import Event, version
-from celerykit.idempotency.claims import end_claim, record_of
+from celerykit.idempotency.records import end_claim, record_of
 
 __all__ = ["begin", "end", "end_message", "give_up", "hand_back", "release"]
 

@@ -31,7 +31,7 @@ from celerykit import (
 )
 from celerykit.headers import Headers
 from celerykit.idempotency import Claim, Claims, State, Turn, find_claim
-from celerykit.idempotency.claims import record_of
+from celerykit.idempotency.records import record_of
 from celerykit.publishing import UnreachableBroker
 from celerykit.stores.memory import MemoryStore
 

@@ -14,7 +14,7 @@ from celerykit.cli import celerykit
 from celerykit.cli.keys import keys
 from celerykit.errors import StoreUnavailable
 from celerykit.idempotency.claim import Turn
-from celerykit.idempotency.claims import Asked
+from celerykit.idempotency.sending import Asked
 
 SECRET = "4111-1111"
 

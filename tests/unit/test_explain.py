@@ -24,7 +24,7 @@ from celerykit.explain import Ambiguous, facts_of, life, life_of, life_text, nea
 from celerykit.explain.queues import messages
 from celerykit.headers import HEADER, Attempt, Headers
 from celerykit.idempotency import Turn
-from celerykit.idempotency.claims import Asked
+from celerykit.idempotency.sending import Asked
 from celerykit.retry import Backoff, Drop, Retry
 from celerykit.stores import Hold
 from celerykit.stores.memory import MemoryStore

@@ -18,7 +18,9 @@ import time_machine
 from celerykit.errors import StoreUnavailable
 from celerykit.idempotency import Claim, Claims, Identity, Once, Sending, State, Turn, find_claim
 from celerykit.idempotency.claim import Answer, Event
-from celerykit.idempotency.claims import Asked, Ended, end_claim, record_of, send_all
+from celerykit.idempotency.claims import Ended
+from celerykit.idempotency.records import end_claim, record_of
+from celerykit.idempotency.sending import Asked, send_all
 from celerykit.stores import Hold, New, Record, Store, Swap, Swapped
 from celerykit.stores.memory import MemoryStore
 
@@ -199,6 +201,17 @@ def test_what_was_put_off_is_sent_again_at_the_turn_it_waits_for(claims: Claims,
     assert answer is Answer.SEND_AGAIN
     assert claim is not None
     assert (claim.id, claim.turn, claim.resume) == ("first", Turn(0, 1), {"attempt": 2})
+
+
+def test_what_was_running_and_is_gone_is_sent_again_and_starts_at_once(claims: Claims, clock: Clock) -> None:
+    start(claims, "first")
+    clock.now = LEASE
+
+    assert send(claims, "second").answer is Answer.SEND_AGAIN
+
+    again = start(claims, "first")
+    assert (again.answer, again.run.claim.runs) == (Answer.GO, 2)
+    assert send(claims, "third").answer is Answer.JOIN
 
 
 def test_of_several_that_find_a_lapsed_claim_one_sends_it_again(

@@ -22,7 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from celerykit.idempotency import Claims, Identity, Once, State, Turn
 from celerykit.idempotency import Run as Held
 from celerykit.idempotency.claim import Answer, Claim, Event
-from celerykit.idempotency.claims import Asked, end_claim, find_claim, record_of
+from celerykit.idempotency.records import end_claim, find_claim, record_of
+from celerykit.idempotency.sending import Asked
 from celerykit.stores import Hold, Store, Swap
 from celerykit.stores.memory import MemoryStore
 

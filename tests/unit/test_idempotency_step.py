@@ -20,8 +20,9 @@ from celerykit.contract import Contract
 from celerykit.errors import DuplicateCall, InvalidPayload, KeyConflict, StoreUnavailable, Undeliverable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claim, Claims, Key, Once, Skipped, State, Turn, Waiting, find_claim, once
-from celerykit.idempotency.claims import Ended, record_of
+from celerykit.idempotency.claims import Ended
 from celerykit.idempotency.keys import Keys
+from celerykit.idempotency.records import record_of
 from celerykit.stores import Hold, New, Store, Swap
 from celerykit.stores.memory import MemoryStore
 

@@ -9,7 +9,8 @@ import pytest
 from celerykit import Key, Once
 from celerykit.errors import InvalidOptions, InvalidPayload, StoreUnavailable
 from celerykit.idempotency.claim import State, Turn
-from celerykit.idempotency.claims import Asked, Run
+from celerykit.idempotency.claims import Run
+from celerykit.idempotency.sending import Asked
 from celerykit.keys import KeyInUse, KeyNotFound, Keyring
 from celerykit.stores import New, Swap
 from celerykit.stores.memory import MemoryStore
