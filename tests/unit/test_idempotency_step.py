@@ -539,6 +539,8 @@ def test_a_run_that_is_gone_and_whose_failure_is_stored_may_run_again(
     stored["first"] = Ended(NOW + 5, error="WorkerLostError")
     clock.now = LEASE
 
+    with pytest.raises(Undeliverable):  # unless it must not
+        once(never, call_of(replace(claims, may_rerun=False), id="first"))
     assert once(lambda call: "ran", call_of(claims, id="first")) == "ran"
 
 
