@@ -385,6 +385,7 @@ def test_a_call_that_expires_leaves_its_key_free_and_who_joined_it_sees_that(sho
         with pytest.raises(TaskRevokedError):
             result.get(timeout=WITHIN)
     assert [result.duplicate for result in expired] == [False, True]
+    eventually(lambda: state_of(shop.charge, name) is State.FAILED, within=WITHIN)
     assert shop.charge.delay(name).get(timeout=WITHIN).run == 1
 
 
