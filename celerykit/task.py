@@ -480,7 +480,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         call = self._call(request, args, kwargs)
         try:
             result = cast("R", self._pipeline(call))
-            if self.claims is not None and request.callbacks:
+            if self.claims is not None and request.callbacks and not request.is_eager:
                 _name_callbacks(request)
             return result
         except Stopped as stopped:
@@ -587,7 +587,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     @cached_property
     def _pipeline(self) -> Next:
-        return compose((*self._kit.call_steps, *STEPS), self._run)
+        # What the task has no use for is left out once, and not passed through by each call.
+        idle: dict[Step, bool] = {once: self.claims is None, limited: not self.limit_rules}
+        steps = (step for step in STEPS if not idle.get(step))
+        return compose((*self._kit.call_steps, *steps), self._run)
 
     def _run(self, call: Call) -> Any:
         run: Callable[..., Any] = partial(self.run, *call.args, **call.kwargs)

@@ -69,6 +69,7 @@ LEGAL: Mapping[tuple[State | None, Event], State | None] = {
     (State.RUNNING, Event.HAND_BACK): State.CLAIMED,
     (State.RUNNING, Event.FINISH): State.DONE,
     (State.WAITING, Event.FINISH): State.DONE,  # by what the task was replaced with
+    (State.FAILED, Event.FINISH): State.DONE,  # by the run that was only thought to be gone
     (State.CLAIMED, Event.FAIL): State.FAILED,
     (State.WAITING, Event.FAIL): State.FAILED,
     (State.RUNNING, Event.FAIL): State.FAILED,

@@ -267,7 +267,12 @@ class Claims:
         Tries for a few seconds; then it is logged that nobody knows.
         """
         done = run.claim.moved(Event.FINISH, since=time.time(), outcome=self._written(run, result))
-        self._record(run, New(done.version, done.data(), ttl=self.policy.keep))
+        new = New(done.version, done.data(), ttl=self.policy.keep)
+        found = self._record(run, new)
+        if found is not None and found.state is State.FAILED and _are_of_one_turn(found, run.claim):
+            # It stood still for longer than its lease, was taken for gone, and buried; but what it did is done.
+            after(found.state, Event.FINISH)
+            self._patiently(lambda: self.store().swap(Swap(run.key, found.version, new)), run)
 
     def remember(self, run: Run, result: Any, *, on: Any) -> bool:
         """
@@ -322,16 +327,18 @@ class Claims:
         ttl = SENT_ANEW_AFTER + self.policy.keep
         self._record(run, New(claimed.version, claimed.data(), ttl=ttl, lease=SENT_ANEW_AFTER))
 
-    def _record(self, run: Run, new: New | None) -> None:
+    def _record(self, run: Run, new: New | None) -> Claim | None:
+        """Write what became of a run, and give the claim that stands there if the run had lost it."""
         swap = Swap(run.key, run.claim.version, new)
         found = self._patiently(lambda: self.store().swap(swap)[0], run)
         if found is None or found.done:
-            return
+            return None
         claim = claim_in(found.found)
         if new is None or claim is None or claim.version != new.version:
             # It ran past its lease, or was released by hand. What it did is done; nobody else's claim is touched.
             now = claim and f"{claim.state.value} by {claim.id}"
             log.warning("claim.lost key=%s id=%s: it is %s now", run.key, run.claim.id, now or "free")
+        return claim
 
     def _patiently(self, ask: Callable[[], T], run: Run) -> T | None:
         for pause in (*_PAUSES, None):
@@ -367,3 +374,7 @@ class Claims:
             self.store().renew([Hold(key, of_version, 0.0, self.policy.keep)])
         except StoreUnavailable as error:
             log.warning("claim.not_given_up key=%s: %s", key, error)
+
+
+def _are_of_one_turn(one: Claim, other: Claim) -> bool:
+    return (one.id, one.turn) == (other.id, other.turn)

@@ -190,6 +190,8 @@ class Request(_Stock):  # type: ignore[misc]
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         if expired and self.undertaker is not None:
             self._ending = Ending("expired", message=f"It was to start before {self.expires}.")
+            # Before its result says so: who calls again at once has the key.
+            claims.end(self, "expired")
         else:
             claims.release(self)
         try:

@@ -70,7 +70,7 @@ MOVES = """
   running   .        .          running     running  waiting  done    failed  free     claimed
   waiting   .        .          waiting     running  .        done    failed  free     .
   done      claimed  .          .           running  .        .       .       free     .
-  failed    claimed  .          .           running  .        .       .       free     .
+  failed    claimed  .          .           running  .        done    .       free     .
 """
 
 
