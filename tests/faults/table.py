@@ -1,8 +1,8 @@
 """
-The table: what the rows of the last run came to.
+The tables: what the rows of the last run came to.
 
-    python -m tests.faults.table            write docs/faults.md
-    python -m tests.faults.table --check    say whether it is still true
+    python -m tests.faults.table            write docs/faults.md and docs/keys-faults.md
+    python -m tests.faults.table --check    say whether they are still true
     python -m tests.faults.table --brief    print the same in a few lines, for the README
 """
 
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["keep", "markdown", "results"]
+from tests.faults import keys_table
+
+__all__ = ["TABLES", "Table", "markdown", "results"]
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "faults.md"
-KEPT = ROOT / ".cache" / "faults.json"
 
 _BEGIN, _END = "<!-- rows: make faults -->\n", "<!-- end of rows -->\n"
 
@@ -38,15 +39,9 @@ BRIEF = (
 Row = Mapping[str, Any]
 
 
-def keep(rows: Iterable[Row], *, is_whole: bool) -> None:
-    """Keep *rows*: in place of all of an earlier run, or of the same rows of it."""
-    kept = {(row["row"], row["broker"]): row for row in (*([] if is_whole else _kept()), *rows)}
-    KEPT.parent.mkdir(exist_ok=True)
-    KEPT.write_text(json.dumps(list(kept.values()), indent=1))
-
-
-def _kept() -> list[Row]:
-    return list(json.loads(KEPT.read_text())) if KEPT.exists() else []
+def identify(row: Row) -> tuple[Any, ...]:
+    """Tell a row from every other one."""
+    return row["row"], row["broker"]
 
 
 def results(rows: Sequence[Row]) -> str:
@@ -94,22 +89,88 @@ def brief(rows: Sequence[Row]) -> str:
     return f"{kinds} kinds of faults, {sent} messages, Valkey and RabbitMQ.\n\n{markdown(few)}"
 
 
+@dataclass(frozen=True)
+class Table:
+    """
+    One of them.
+
+    Attributes:
+        title:
+            Above its figures.
+
+        name:
+            Of the property that its rows are recorded as.
+    """
+
+    title: str
+    name: str
+    page: Path
+    kept_in: Path
+    identify: Callable[[Row], tuple[Any, ...]]
+    results: Callable[[Sequence[Row]], str]
+    markdown: Callable[[Sequence[Row]], str]
+    brief: Callable[[Sequence[Row]], str]
+
+    @property
+    def kept(self) -> list[Row]:
+        """The rows of the last run."""
+        return list(json.loads(self.kept_in.read_text())) if self.kept_in.exists() else []
+
+    def keep(self, rows: Iterable[Row], *, is_whole: bool) -> None:
+        """Keep *rows*: in place of all of an earlier run, or of the same rows of it."""
+        kept = {self.identify(row): row for row in (*([] if is_whole else self.kept), *rows)}
+        self.kept_in.parent.mkdir(exist_ok=True)
+        self.kept_in.write_text(json.dumps(list(kept.values()), indent=1))
+
+    def is_told(self) -> bool:
+        """Tell whether its page says what the last run came to."""
+        _, written, _ = self._parts()
+        return written == self.markdown(self.kept)
+
+    def tell(self) -> None:
+        """Write its page."""
+        before, _, after = self._parts()
+        self.page.write_text(before + _BEGIN + self.markdown(self.kept) + _END + after)
+
+    def _parts(self) -> tuple[str, str, str]:
+        before, _, rest = self.page.read_text().partition(_BEGIN)
+        written, _, after = rest.partition(_END)
+        return before, written, after
+
+
+def _table(title: str, name: str, page: str, kept_in: str, how: Any) -> Table:
+    return Table(
+        title,
+        name,
+        ROOT / "docs" / page,
+        ROOT / ".cache" / kept_in,
+        how.identify,
+        how.results,
+        how.markdown,
+        how.brief,
+    )
+
+
+TABLES = (
+    _table("what became of the messages", "fault", "faults.md", "faults.json", sys.modules[__name__]),
+    _table("what became of the keys", "key", "keys-faults.md", "keys-faults.json", keys_table),
+)
+
+
 def main(arguments: Sequence[str]) -> int:
-    if not KEPT.exists():
+    if not all(table.kept for table in TABLES):
         print("There is no run to tell of: make faults", file=sys.stderr)
         return 2
     if "--brief" in arguments:
-        print(brief(_kept()))
+        print("\n".join(table.brief(table.kept) for table in TABLES))
         return 0
-    rows = markdown(_kept())
-    before, _, rest = PAGE.read_text().partition(_BEGIN)
-    written, _, after = rest.partition(_END)
     if "--check" in arguments:
-        if written == rows:
-            return 0
-        print(f"{PAGE} tells another story than the last run: python -m tests.faults.table", file=sys.stderr)
-        return 1
-    PAGE.write_text(before + _BEGIN + rows + _END + after)
+        untrue = [table.page for table in TABLES if not table.is_told()]
+        for page in untrue:
+            print(f"{page} tells another story than the last run: python -m tests.faults.table", file=sys.stderr)
+        return int(bool(untrue))
+    for table in TABLES:
+        table.tell()
     return 0
 
 
