@@ -397,6 +397,8 @@ class CeleryKit(celery.Celery):
             options.setdefault("result_cls", cast("Any", task).AsyncResult)
             if claiming.is_claimed_when_sent(task, options):
                 return claiming.send(task, options, partial(self._send_task, name, args, kwargs))
+        else:
+            claiming.refuse_key(name, options)
         return self._send_task(name, args, kwargs, options)
 
     def _send_task(self, name: str, args: Any, kwargs: Any, options: Any) -> Any:

@@ -112,6 +112,19 @@ def identity_of(task: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, ke
         return None  # sent all the same, for somebody who does not check
 
 
+def refuse_key(name: str, options: Mapping[str, Any]) -> None:
+    """
+    Refuse the key of a call that nobody here can claim.
+
+    Raises:
+        InvalidOptions: There is one.
+    """
+    if options.get("key") is not None:
+        raise InvalidOptions(
+            f"{name}: it was given a key, and is no typed task that is known here. The message was not sent."
+        )
+
+
 def is_eager_duplicate(task: Any, header: Headers) -> bool:
     """Tell whether a call that is to run in place has been done already."""
     claims: Claims | None = task.eager_claims

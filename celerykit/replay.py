@@ -18,7 +18,7 @@ from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.json import dumps
 
 from celerykit.dead_letters import Letter, Outgoing, payload_of, repaired, replay_mark, rewritten
-from celerykit.errors import CelerykitError, InvalidPayload, Problem, StoreUnavailable
+from celerykit.errors import InvalidPayload, Problem, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, State, find_claim
 from celerykit.letter_queues import Held, LetterQueue, NoQueue
@@ -199,12 +199,14 @@ def _with_key_of_new(task: Any, letter: Letter, before: Any, after: tuple[Any, A
         return letter
     try:
         was_derived = claims.identify(before.args, before.kwargs, id=None).key == header.key
-    except CelerykitError:
-        # They did not fit, and nobody knows whose key it is; the worker derives that of the new ones.
+    except Exception:  # noqa: BLE001  (they did not fit; or a user's function has no key for them)
         was_derived = True
     if not was_derived:
         return letter
-    new = claims.identify(*after, id=None)
+    try:
+        new = claims.identify(*after, id=None)
+    except Exception:  # noqa: BLE001  (the worker will say so)
+        return letter
     return replace(letter, headers=replace(header, key=new.key, call=new.call or None).added_to(letter.headers))
 
 
@@ -229,11 +231,11 @@ def _superseded_by(app: CeleryKit, task: Any, letter: Letter, args: Any, kwargs:
     if claims is None:
         return None
     call_id = str(letter.note.id)
-    key = Headers.of(letter.headers).key or claims.identify(args, kwargs, id=call_id).key
     try:
+        key = Headers.of(letter.headers).key or claims.identify(args, kwargs, id=call_id).key
         claim = find_claim(app.store, key)
-    except StoreUnavailable:
-        return None  # the worker will find out
+    except Exception:  # noqa: BLE001  (the store's, or those of a user's function: the worker will find out)
+        return None
     return claim.id if claim is not None and claim.state is State.DONE and claim.id != call_id else None
 
 

@@ -147,6 +147,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
         super().__init_subclass__(**kwargs)
         if isinstance(vars(cls).get("retry"), Retry):
             raise InvalidOptions(f"{cls.__name__}: retry is a method of every task; call the policy retry_policy.")
+        if isinstance(vars(cls).get("once"), Once):
+            raise InvalidOptions(f"{cls.__name__}: on a class, the option once is called once_policy.")
+        if isinstance(vars(cls).get("limits"), Sequence):
+            raise InvalidOptions(f"{cls.__name__}: on a class, the option limits is called limit_rules.")
         if "ignore_result" in vars(cls):
             cls._told_ignore_result = cls.ignore_result
         run = vars(cls).get("run")
@@ -228,6 +232,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """
         options |= zip(_POSITIONAL, positional, strict=False)
         if self.contract is None:
+            claiming.refuse_key(str(self.name), options)
             return cast("Result[R]", super().apply_async(cast("Any", args), cast("Any", kwargs), **options))
         return self.send_prepared(*self.prepare(args, kwargs, options))
 
@@ -248,11 +253,20 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def _header(self, options: Mapping[str, Any]) -> Headers:
         headers, now = options.get("headers"), time.time()
+        turn = self._turn_of_replacement(options)
         contract = self._contract.fingerprint
         if headers and HEADER in headers and options.get("task_id"):  # a retry, which goes on from what was
             header = Headers.of(headers)
             return replace(header, contract=contract, sent_at=header.sent_at or now)
-        return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now))
+        return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now), turn=turn)
+
+    def _turn_of_replacement(self, options: Mapping[str, Any]) -> int:
+        """Give the turn of what goes on with the running call's id in its place: its key may be the same."""
+        running = self.app.current_worker_task
+        request: Any = getattr(running, "request", None)
+        if not hasattr(request, _REPLACED) or options.get("task_id") != request.id:
+            return 0
+        return Headers.of(request.headers).turn + 1
 
     def _identity(self, args: Any, kwargs: Any, key: Any, options: Mapping[str, Any]) -> Identity | None:
         try:

@@ -133,6 +133,9 @@ class Claim:
         runs:
             Running: how often it was started, this time included, since it last came to an end.
 
+        taken_from:
+            The id of a call that was to run, and came later than this one.
+
         resume:
             Waiting: how the next turn is sent, should it not have been.
     """
@@ -147,6 +150,7 @@ class Claim:
     keep: float = 0.0
     outcome: str = ""
     runs: int = 0
+    taken_from: str = ""
     resume: Mapping[str, Any] | None = None
 
     @property
@@ -184,6 +188,7 @@ class Claim:
             "keep": self.keep,
             "outcome": self.outcome,
             "runs": self.runs,
+            "taken_from": self.taken_from,
             "resume": self.resume,
         }
         return json.dumps({name: fact for name, fact in facts.items() if fact}, separators=(",", ":"))
@@ -307,6 +312,9 @@ def on_start(
     may_rerun = may_rerun and found.runs < most_runs
     if found.id == id:
         return _on_own(found, turn=turn, is_lapsed=is_lapsed, may_rerun=may_rerun)
+    if found.taken_from == id:
+        # Its caller was told that it is the first.
+        joined, policy = found.id, replace(policy, running="join")
     if joined == found.id and found.is_over:
         return Answer.REUSE if found.state is State.DONE else Answer.FAIL_TOO
     if found.state is State.FAILED:
@@ -333,12 +341,12 @@ def _on_own(found: Claim, *, turn: Turn, is_lapsed: bool, may_rerun: bool) -> An
 
 
 def _on_anothers(found: Claim, *, is_lapsed: bool, policy: Once, may_rerun: bool) -> Answer:
-    answer = _ON_RUNNING[policy.running]
-    if answer is not Answer.JOIN:
-        return answer
-    # Who is only in the queue may as well be the one that waits, and so may who is gone.
-    is_free = found.state is State.CLAIMED or (found.state is State.RUNNING and is_lapsed and may_rerun)
-    return Answer.GO if is_free else Answer.JOIN
+    if is_lapsed and (may_rerun or found.state is not State.RUNNING):
+        return Answer.GO
+    if found.state is State.CLAIMED and policy.running == "join":
+        # Who is only in the queue may as well be the one that waits.
+        return Answer.GO
+    return _ON_RUNNING[policy.running]
 
 
 def _differ(one: str, other: str) -> bool:

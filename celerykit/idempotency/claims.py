@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 #: What follows when the run that has the key is gone.
 _AFTER_A_RUN = (Answer.GO, Answer.BURY)
 
+#: Seconds in which a message that nobody acknowledged comes again, wherever it was held.
+_REDELIVERED_WITHIN = 7 * 86400.0
+
 #: Seconds between the clocks of two machines, at most.
 _CLOCKS_DIFFER = 5.0
 
@@ -226,7 +229,9 @@ class Claims:
             after(found.state if found else None, Event.START)
             is_next = found is not None and found.id == id and turn > found.turn
             # Whose run it was does not matter: two calls that take it from each other would have no end.
-            running = replace(running, runs=found.runs + 1 if found and is_taken_over and not is_next else 1)
+            runs = found.runs + 1 if found and is_taken_over and not is_next else 1
+            taken_from = found.id if found and found.state is State.CLAIMED and found.id != id else ""
+            running = replace(running, runs=runs, taken_from=taken_from)
         raise changes_too_fast(identity)
 
     def has_ended(self, name: str, found: Claim, *, is_gone: bool) -> bool:
@@ -251,13 +256,17 @@ class Claims:
         return True
 
     def _running(self, claim: Claim) -> New:
-        lease = self.lease()
-        return New(claim.version, claim.data(), ttl=lease + self.policy.keep, lease=lease)
+        return New(claim.version, claim.data(), ttl=self._runs_for, lease=self.lease())
+
+    @property
+    def _runs_for(self) -> float:
+        """Seconds that a claim is known which is not renewed any more: what must not start twice, for longer."""
+        return self.lease() + max(self.policy.keep, 0.0 if self.may_rerun else _REDELIVERED_WITHIN)
 
     def holding(self, run: Run) -> AbstractContextManager[None]:
         """Keep a running claim while the block runs."""
         lease = self.lease()
-        hold = Hold(run.key, run.claim.version, lease, lease + self.policy.keep)
+        hold = Hold(run.key, run.claim.version, lease, self._runs_for)
         return self.renewal.holding(self.store(), hold)
 
     def finish(self, run: Run, result: Any) -> None:
@@ -371,7 +380,7 @@ class Claims:
     def abandon(self, key: str, of_version: str) -> None:
         """Let a lease go. If the store is away, it lapses by itself."""
         try:
-            self.store().renew([Hold(key, of_version, 0.0, self.policy.keep)])
+            self.store().renew([Hold(key, of_version, 0.0, self._runs_for)])
         except StoreUnavailable as error:
             log.warning("claim.not_given_up key=%s: %s", key, error)
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from celerykit.again import TOKEN
-from celerykit.errors import CelerykitError, StoreUnavailable
+from celerykit.errors import StoreUnavailable
 from celerykit.headers import Headers
-from celerykit.idempotency import Claims, State, Turn
+from celerykit.idempotency import Claims, State, Turn, find_claim
 from celerykit.idempotency.claim import Event, version
 from celerykit.idempotency.records import end_claim, record_of
 
-__all__ = ["begin", "end", "end_message", "give_up", "hand_back", "release"]
+__all__ = ["begin", "end", "end_message", "give_up", "hand_back", "has_finished", "release"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,18 @@ def hand_back(request: Any) -> None:
     _end(request, Event.HAND_BACK, "")
 
 
+def has_finished(request: Any) -> bool:
+    """Tell whether a call is done, though its process died before it could store the result."""
+    claims = _claims_of(request)
+    if claims is None or (place := _place(request, claims)) is None:
+        return False
+    try:
+        claim = find_claim(claims.store(), place.name.removeprefix(record_of("")))
+    except StoreUnavailable:
+        return False
+    return claim is not None and claim.state is State.DONE and claim.id == place.id
+
+
 def end(request: Any, why: str) -> None:
     """Let a call have failed that is about to be buried. Its key is free then."""
     _end(request, Event.FAIL, why)
@@ -79,6 +91,8 @@ def _move(store: Any, place: _Place, event: Event, why: str, *, token: str | Non
         end_claim(store(), place.name, place.id, place.turn, token=token, event=event, why=why)
     except StoreUnavailable as error:
         log.warning("claim.not_ended key=%s id=%s: %s", place.name, place.id, error)
+    except Exception as error:  # noqa: BLE001  (an edge: the message must still come to its end)
+        log.error("claim.not_ended key=%s id=%s: %s", place.name, place.id, type(error).__name__)
 
 
 def _claims_of(request: Any) -> Claims | None:
@@ -89,6 +103,6 @@ def _place(request: Any, claims: Claims) -> _Place | None:
     header = Headers.of(request.request_dict)
     try:
         key = header.key or claims.identify(request.args, request.kwargs, id=request.id).key
-    except CelerykitError:
-        return None  # it does not fit, and never had a claim
+    except Exception:  # noqa: BLE001  (an edge: a key may be made by a user's function)
+        return None  # it never had a claim
     return _Place(record_of(key), request.id, Turn(header.replay, header.turn))

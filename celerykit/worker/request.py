@@ -82,6 +82,8 @@ class Request(_Stock):  # type: ignore[misc]
             return
         # What came back from a run was raised by the task, though a child that it waited for may have raised it first.
         is_raised = bool(how.get("return_ok"))
+        if isinstance(error_in(exc_info), WorkerLostError) and not is_raised and self._is_given_back_as_done():
+            return
         exc_info = self._as_failure(exc_info, is_raised=is_raised)
         error = cast("Any", error_in(exc_info))
         if isinstance(error, TimeLimitExceeded) and self.time_start and not is_raised:
@@ -275,6 +277,15 @@ class Request(_Stock):  # type: ignore[misc]
         is_held = isinstance(error.reason, tuple) and error.reason[:1] == (HANDED_BACK,)
         after = error.reason[1] if is_held else 1.0
         undertaker.returns.give_back(self.message, reject=super().reject, acknowledge=super().acknowledge, after=after)
+        return True
+
+    def _is_given_back_as_done(self) -> bool:
+        """Give a message back whose claim says that it is done: its next delivery gives the result."""
+        if self.acknowledged or self._goes_back_after_a_crash() or not claims.has_finished(self):
+            return False
+        state.task_ready(self)
+        undertaker = cast("Undertaker", self.undertaker)
+        undertaker.returns.give_back(self.message, reject=super().reject, acknowledge=super().acknowledge)
         return True
 
     def _not_handed_back(self, error: Any) -> Any:

@@ -76,7 +76,7 @@ class Starts:
 
     def judge(self, request: Any) -> Verdict:
         """Count this start, if it can matter, and say whether it may happen."""
-        # Where a call has a claim, that counts its starts, and knows whether one of them is still alive.
+        # A claim knows whether another start of its call is still alive. It does not see those that die before it.
         is_claimed = getattr(request.task, "claims", None) is not None and self._store.is_shared
         is_redelivered = bool(request.delivery_info.get("redelivered"))
         runs_at_most_once = getattr(request.task, "on_crash", "rerun") == "bury" and not is_claimed
@@ -84,12 +84,7 @@ class Starts:
         if not (is_redelivered or runs_at_most_once or replay):
             return Verdict.START
         try:
-            return self._judge(
-                request,
-                is_redelivered=is_redelivered,
-                runs_at_most_once=runs_at_most_once,
-                is_counted=is_redelivered and not is_claimed,
-            )
+            return self._judge(request, is_redelivered=is_redelivered, runs_at_most_once=runs_at_most_once)
         except StoreUnavailable as error:
             log.warning("starts.not_counted task=%s id=%s: %s", request.name, request.id, error)
             return Verdict.WAIT if runs_at_most_once else Verdict.START
@@ -102,14 +97,14 @@ class Starts:
             log.warning("starts.not_forgiven task=%s id=%s: %s", request.name, request.id, error)
             return 0
 
-    def _judge(self, request: Any, *, is_redelivered: bool, runs_at_most_once: bool, is_counted: bool) -> Verdict:
+    def _judge(self, request: Any, *, is_redelivered: bool, runs_at_most_once: bool) -> Verdict:
         if is_redelivered and self._store.get(buried_key(letter_of(request))) is not None:
             return Verdict.ACKNOWLEDGE
         if self._is_superseded(request):
             return Verdict.ACKNOWLEDGE
         if runs_at_most_once:
             return self._judge_once(request, is_redelivered=is_redelivered)
-        return self._judge_again(request) if is_counted else Verdict.START
+        return self._judge_again(request) if is_redelivered else Verdict.START
 
     def _judge_once(self, request: Any, *, is_redelivered: bool) -> Verdict:
         request.starts = self._counted(request)

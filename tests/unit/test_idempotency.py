@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -298,7 +299,12 @@ def test_a_call_finds_its_own_claim(claim: Claim | None, facts: dict[str, Any], 
         ("running", {"is_lapsed": LAPSED, "may_rerun": False}, "JOIN"),
         ("running", {"is_lapsed": LAPSED, "most_runs": 0}, "JOIN"),
         ("waiting", {}, "JOIN"),
-        ("waiting", {"is_lapsed": LAPSED}, "JOIN"),
+        # Nothing was heard of it for longer than it should take: what was to go on with it is gone.
+        *(
+            (state, {"is_lapsed": LAPSED, "policy": Once(running=policy)}, "GO")
+            for state in ("claimed", "running", "waiting")
+            for policy in ("join", "raise", "skip")
+        ),
         *((state, {"policy": Once(running="raise")}, "RAISE") for state in ("claimed", "running", "waiting")),
         *((state, {"policy": Once(running="skip")}, "SKIP") for state in ("claimed", "running", "waiting")),
         ("done", {}, "REUSE"),
@@ -354,3 +360,11 @@ def test_who_may_go_can_make_the_move(state: str, id: str, facts: dict[str, Any]
         assert after(claim.state if claim else None, Event.START) is State.RUNNING
         # Never beside a run that may be alive.
         assert state != State.RUNNING or facts["is_lapsed"]
+
+
+@pytest.mark.parametrize("policy", [Once(), Once(running="raise", done="raise"), Once(running="skip", done="skip")])
+@pytest.mark.parametrize(("state", "answer"), [("running", "JOIN"), ("waiting", "JOIN"), ("done", "REUSE")])
+def test_who_was_told_to_be_the_first_and_comes_later_is_no_duplicate(state: str, answer: str, policy: Once) -> None:
+    claim = replace(found(state), taken_from="second")
+
+    assert started(claim, policy=policy, id="second") == answer
