@@ -244,7 +244,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
         options = dict(options)
         header, key = self._header(options), options.pop("key", None)
         if header.key is None and (identity := self._identity(args, kwargs, key, options)):
-            header = replace(header, key=identity.key, call=identity.call or None)
+            replaced = self._replaced(options)
+            call = replaced.call if replaced is not None and replaced.key == identity.key else identity.call
+            header = replace(header, key=identity.key, call=call or None)
         options["headers"] = header.added_to(options.get("headers"))
         if options.get("chord") is not None:
             # Backends without a join of their own look for the members' results; without them a chord never ends.
@@ -253,20 +255,20 @@ class Task(celery.Task[P, R], Generic[P, R]):
 
     def _header(self, options: Mapping[str, Any]) -> Headers:
         headers, now = options.get("headers"), time.time()
-        turn = self._turn_of_replacement(options)
+        replaced = self._replaced(options)
+        turn = 0 if replaced is None else replaced.turn + 1
         contract = self._contract.fingerprint
         if headers and HEADER in headers and options.get("task_id"):  # a retry, which goes on from what was
             header = Headers.of(headers)
             return replace(header, contract=contract, sent_at=header.sent_at or now)
         return Headers(contract=contract, sent_at=now, due_at=_due_at(options, now), turn=turn)
 
-    def _turn_of_replacement(self, options: Mapping[str, Any]) -> int:
-        """Give the turn of what goes on with the running call's id in its place: its key may be the same."""
-        running = self.app.current_worker_task
-        request: Any = getattr(running, "request", None)
+    def _replaced(self, options: Mapping[str, Any]) -> Headers | None:
+        """Give the header of the running call, if this goes on with its id in its place: the key may be the same."""
+        request: Any = getattr(self.app.current_worker_task, "request", None)
         if not hasattr(request, _REPLACED) or options.get("task_id") != request.id:
-            return 0
-        return Headers.of(request.headers).turn + 1
+            return None
+        return Headers.of(request.headers)
 
     def _identity(self, args: Any, kwargs: Any, key: Any, options: Mapping[str, Any]) -> Identity | None:
         try:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from typing import Annotated, Any
 
 import redis
+from celery import signals
 from pydantic import BaseModel
 
 from celerykit import Backoff, CeleryKit, Key, Once, Retry, Snooze, Task
@@ -111,3 +113,31 @@ def ship(sent: Annotated[Receipt, Key()]) -> str:
 @app.task
 def total(receipts: list[Receipt]) -> int:
     return sum(receipt.amount for receipt in receipts)
+
+
+def _next_page(self: Task[..., Any], name: str, page: int) -> int:
+    ran(f"{name} page {page}")
+    return page if page == 3 else self.replace(self.si(name, page + 1))  # type: ignore[no-any-return]
+
+
+pages = app.task(name="pages", bind=True, remember=True)(_next_page)
+keyed_pages = app.task(name="keyed_pages", bind=True, once=Once(key=lambda name: name))(_next_page)
+
+
+@app.task(once=Once(key=lambda names: names["first"]))
+def picky(names: dict[str, str]) -> str:
+    ran(names["first"])
+    return names["first"]
+
+
+@signals.task_prerun.connect(weak=False)
+def _die_before_the_claim(task: Any, args: Any, **_: Any) -> None:
+    if task.name == poison.name:
+        ran(f"{args[0]} killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(once=Once())
+def poison(name: Name) -> int:
+    """Never run: its process dies before it can ask for its key."""
+    return 0

@@ -14,11 +14,13 @@ from typing import Any
 import celery
 import pytest
 import redis
+from billiard.exceptions import WorkerLostError
 from celery import chain, chord, group
 from celery.exceptions import TaskRevokedError
 
 from celerykit import CeleryKit, DuplicateCall, EnqueueError, KeyConflict, Once, ResultNotStored
 from celerykit.dev.servers import Server
+from celerykit.errors import Undeliverable
 from celerykit.idempotency import State, find_claim
 from tests import services
 from tests.integration.conftest import ROOT
@@ -368,6 +370,40 @@ def test_what_a_call_was_replaced_with_answers_for_it(
     again = shop.replaced.delay(name)
     assert (again.duplicate, again.get(timeout=WITHIN).run) == (True, 1)
     assert (runs(f"{name} before"), runs(name)) == (1, 1)
+
+
+@pytest.mark.parametrize("task", ["pages", "keyed_pages"])
+def test_a_call_goes_on_with_itself_under_its_key(shop: Any, runs: Any, name: str, task: str) -> None:
+    pages = getattr(shop, task)
+
+    first = pages.delay(name, 1)
+
+    assert first.get(timeout=WITHIN) == 3
+    assert [runs(f"{name} page {page}") for page in (1, 2, 3)] == [1, 1, 1]
+    if task == "keyed_pages":
+        again = pages.delay(name, 1)
+        assert (again.duplicate, again.id, again.get(timeout=WITHIN)) == (True, first.id, 3)
+
+
+def test_a_function_that_has_no_key_for_a_message_stops_no_worker(shop: Any, stranger: Any, name: str) -> None:
+    sent = [stranger.send_task(shop.picky.name, ({"second": name},)) for _ in range(8)]
+
+    for result in sent:
+        with pytest.raises(KeyError):
+            result.get(timeout=WITHIN)
+    services.eventually(lambda: shop.app.dead_letters.count(task=shop.picky) == 8, within=WITHIN)
+    assert shop.picky.delay({"first": name}).get(timeout=WITHIN) == name
+
+
+def test_what_kills_its_process_before_its_key_is_claimed_comes_to_an_end(shop: Any, runs: Any, name: str) -> None:
+    killed = shop.poison.delay(name)
+
+    with pytest.raises((Undeliverable, WorkerLostError)):
+        killed.get(timeout=WITHIN)
+
+    assert runs(f"{name} killed") == 3
+    [letter] = shop.app.dead_letters.find(task=shop.poison)
+    assert letter.note.reason == "process_died"
 
 
 def test_a_call_that_is_not_due_yet_holds_its_key(shop: Any, runs: Any, name: str) -> None:
