@@ -20,6 +20,9 @@ __all__ = ["Renewal"]
 
 log = logging.getLogger(__name__)
 
+#: Seconds that a thread waits for something to do.
+_RESTS = 60.0
+
 #: Renewals in the time of a lease: two may fail.
 _RENEWALS = 3
 
@@ -105,8 +108,8 @@ class Renewal:
             self.renew()
             if here.is_idle:
                 here.has_some.clear()
-                if here.is_idle:
-                    here.has_some.wait()
+                if here.is_idle and not here.has_some.wait(_RESTS) and _has_ended(here):
+                    return
 
     def renew(self) -> None:
         """Renew all there is, now."""
@@ -119,6 +122,14 @@ class Renewal:
                 renew()
             except Exception as error:  # noqa: BLE001  (an edge: one that fails must not end the others)
                 log.warning("lease.not_renewed %s: %s", name, error)
+
+
+def _has_ended(here: _Process) -> bool:
+    """Let the thread end that has had nothing to do for a while; an app may be gone."""
+    with here.lock:
+        if here.is_idle:
+            here.thread = None
+        return here.is_idle
 
 
 def _renew_records(here: _Process, of_a_store: list[_Held]) -> None:
