@@ -221,10 +221,15 @@ class Task(celery.Task[P, R], Generic[P, R]):
         """
         Check a call, and send it.
 
-        Takes all of Celery's options.
+        Takes all of Celery's options, and ``key``, the idempotency key of
+        this call in place of its task's. A duplicate is not sent: what is
+        returned is the first one's result, as ``duplicate`` says.
 
         Raises:
             InvalidPayload: The arguments do not fit; nothing was sent.
+
+            DuplicateCall: Another call has the key, and the task is declared to refuse that; or, `KeyConflict`, it
+                has other arguments.
 
             InvalidOptions: The options do not make sense; nothing was sent.
 

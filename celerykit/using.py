@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypedDict, TypeVar, cast
+from uuid import UUID
 
 if TYPE_CHECKING:
     from celerykit.canvas import Signature
@@ -26,7 +27,7 @@ class SendOptions(TypedDict, total=False):
     eta: datetime
     expires: float | datetime
     task_id: str
-    key: Any
+    key: str | int | UUID
     queue: Any
     exchange: Any
     routing_key: str
