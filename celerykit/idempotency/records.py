@@ -10,7 +10,7 @@ from dataclasses import replace
 from celerykit.errors import StoreUnavailable
 from celerykit.idempotency.claim import LEGAL, Claim, Event, State, Turn, after
 from celerykit.idempotency.keys import Identity
-from celerykit.stores import New, Record, Store, Swap
+from celerykit.stores import Hold, New, Record, Store, Swap
 
 __all__ = [
     "MOST_ROUNDS",
@@ -25,6 +25,9 @@ __all__ = [
 
 #: Seconds after which a call that should be in its queue is sent once more by whoever joins it.
 SENT_ANEW_AFTER = 60.0
+
+#: Seconds that a lease may be renewed late.
+_LATE = 1.0
 
 #: How often a move is decided anew because the claim has changed meanwhile.
 MOST_ROUNDS = 20
@@ -85,6 +88,9 @@ def end_claim(
         if record is None or claim is None or claim.id != id or claim.turn > turn or claim.is_over:
             return
         if claim.state is State.RUNNING and claim.token != token and not is_lapsed(record):
+            # If that run is gone too, its claim goes with its lease: nothing will come that could end it.
+            left = record.lease or 0.0
+            store.renew([Hold(name, record.version, left, left + _LATE)])
             return
         if (claim.state, event) not in LEGAL:
             return  # it was handed back before it began
