@@ -22,9 +22,6 @@ log = logging.getLogger(__name__)
 #: Seconds until a call looks again whether the one it waits for has ended; at first, and at most.
 _FIRST_LOOK, _LAST_LOOK = 0.5, 5.0
 
-#: The turn that a call waits for which was replaced by another task: what has its id ends it.
-REPLACED = 1_000_000
-
 
 class Waiting(Later):
     """
@@ -189,7 +186,7 @@ def _stopped(stopped: Stopped, claims: Claims, run: Run) -> None:
     if stopped.how == "retried":
         claims.put_off(run, delay=stopped.delay, resume=None)
     elif stopped.how == "replaced":
-        claims.put_off(Run(run.key, run.claim), delay=claims.policy.keep, resume=None)
+        claims.put_off(run, delay=claims.policy.keep, resume=None)
     elif stopped.how == "handed back":
         claims.hand_back(run)
     elif stopped.how == "rejected":
