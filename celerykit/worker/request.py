@@ -283,8 +283,10 @@ class Request(_Stock):  # type: ignore[misc]
         """Give a message back whose claim says that it is done: its next delivery gives the result."""
         if self.acknowledged or self._goes_back_after_a_crash() or not claims.has_finished(self):
             return False
-        state.task_ready(self)
         undertaker = cast("Undertaker", self.undertaker)
+        if undertaker.starts.forgive(self) > MOST_FORGIVEN:
+            return False  # what it leads to kills its process each time
+        state.task_ready(self)
         undertaker.returns.give_back(self.message, reject=super().reject, acknowledge=super().acknowledge)
         return True
 
