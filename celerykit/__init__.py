@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from celerykit.app import CeleryKit, shared_task
     from celerykit.call import Call, Next, Outcome, Step
     from celerykit.canvas import Signature
+    from celerykit.claiming import remember
     from celerykit.errors import (
         CelerykitError,
         DuplicateCall,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
         TaskInterrupted,
         Undeliverable,
     )
-    from celerykit.idempotency import Key, Once, remember
+    from celerykit.idempotency import Key, Once
     from celerykit.limits import Concurrent, Rate
     from celerykit.result import Result
     from celerykit.retry import Backoff, Dead, Drop, Retry, RetryAfter, Snooze
@@ -74,7 +75,7 @@ _HOMES = {
     "Task": "task",
     "TaskInterrupted": "errors",
     "Undeliverable": "errors",
-    "remember": "idempotency",
+    "remember": "claiming",
     "shared_task": "app",
 }
 

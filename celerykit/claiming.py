@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from celery import states
+from celery._state import get_current_worker_task
 from celery.backends.base import DisabledBackend
 from celery.exceptions import TaskRevokedError
 from celery.utils import uuid
@@ -30,14 +31,25 @@ from celerykit.idempotency.claim import Answer
 from celerykit.idempotency.claims import Ended
 from celerykit.idempotency.keys import Keys
 from celerykit.idempotency.sending import Asked, send_all
-from celerykit.idempotency.step import conflict, duplicate
+from celerykit.idempotency.step import conflict, duplicate, record_in
 from celerykit.needs import store_for
 from celerykit.publishing import UnreachableBroker
 
 if TYPE_CHECKING:
     from celerykit.result import Result
 
-__all__ = ["Claimed", "answered", "claim_all", "claims_of", "identity_of", "is_claimed_when_sent", "send", "take_back"]
+__all__ = [
+    "Claimed",
+    "answered",
+    "claim_all",
+    "claims_of",
+    "identity_of",
+    "is_claimed_when_sent",
+    "refuse_key",
+    "remember",
+    "send",
+    "take_back",
+]
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +135,44 @@ def refuse_key(name: str, options: Mapping[str, Any]) -> None:
         raise InvalidOptions(
             f"{name}: it was given a key, and is no typed task that is known here. The message was not sent."
         )
+
+
+def remember(result: Any, *, on: Any) -> None:
+    """
+    Record that the running call is done, in a transaction of the task's own.
+
+    What the task does in that transaction and the record of it are one: both
+    are there or neither is, whenever the process dies::
+
+        with engine.begin() as db:
+            db.execute(insert(charges).values(...))
+            remember(receipt, on=db)
+        return receipt
+
+    Outside of a run, as when the function is called in a test, nothing happens.
+
+    Args:
+        result:
+            What the task is going to return.
+
+        on:
+            A SQLAlchemy ``Connection`` or ``Session`` to the database where
+            the store is.
+
+    Raises:
+        DuplicateCall: Another run has taken the key meanwhile. Let it pass: the transaction must be rolled back.
+
+        InvalidOptions: The task has no key, or the store is no SQL database.
+
+        ResultMismatch: *result* is not of the task's return type.
+    """
+    task: Any = get_current_worker_task()
+    if task is not None and getattr(task, "claims", None) is None:
+        raise InvalidOptions(
+            f"{task.name}: remember() has nothing to record the result under; "
+            "declare the task with once=Once() or remember=True."
+        )
+    record_in(result, on=on)
 
 
 def is_eager_duplicate(task: Any, header: Headers) -> bool:

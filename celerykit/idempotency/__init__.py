@@ -24,7 +24,7 @@ from celerykit.idempotency.keys import Identity
 from celerykit.idempotency.policy import Key, Once
 from celerykit.idempotency.records import find_claim
 from celerykit.idempotency.sending import Sending
-from celerykit.idempotency.step import Skipped, Waiting, once, remember
+from celerykit.idempotency.step import Skipped, Waiting, once
 
 __all__ = [
     "LEGAL",
@@ -41,5 +41,4 @@ __all__ = [
     "Waiting",
     "find_claim",
     "once",
-    "remember",
 ]

@@ -15,7 +15,7 @@ from celerykit.idempotency.claim import Answer, Claim, Turn
 from celerykit.idempotency.claims import Claims, Run
 from celerykit.idempotency.keys import Identity
 
-__all__ = ["Skipped", "Waiting", "once", "remember"]
+__all__ = ["Skipped", "Waiting", "once", "record_in"]
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def _without(error: StoreUnavailable, call_next: Next, call: Call, identity: Ide
 
 
 class _Current(NamedTuple):
-    """What `remember` needs to know of the run it is called in."""
+    """What `record_in` needs to know of the run it is called in."""
 
     call: Call
     claims: Claims
@@ -115,34 +115,12 @@ class _Current(NamedTuple):
 _current: ContextVar[_Current | None] = ContextVar("celerykit_run", default=None)
 
 
-def remember(result: Any, *, on: Any) -> None:
+def record_in(result: Any, *, on: Any) -> None:
     """
-    Record that the running call is done, in a transaction of the task's own.
-
-    What the task does in that transaction and the record of it are one: both
-    are there or neither is, whenever the process dies::
-
-        with engine.begin() as db:
-            db.execute(insert(charges).values(...))
-            remember(receipt, on=db)
-        return receipt
-
-    Outside of a run, as when the function is called in a test, nothing happens.
-
-    Args:
-        result:
-            What the task is going to return.
-
-        on:
-            A SQLAlchemy ``Connection`` or ``Session`` to the database where
-            the store is.
+    Record in a transaction of the task's own what the running call is going to return, if it runs with a key.
 
     Raises:
-        DuplicateCall: Another run has taken the key meanwhile. Let it pass: the transaction must be rolled back.
-
-        InvalidOptions: The task has no key, or the store is no SQL database.
-
-        ResultMismatch: *result* is not of the task's return type.
+        DuplicateCall: Another run has taken the key meanwhile.
     """
     current = _current.get()
     if current is None:

@@ -40,3 +40,12 @@ def pay_and_fail(amount: int) -> int:
         db.execute(sa.insert(payments).values(amount=amount))
         remember(amount * 10, on=db)
         raise ValueError(amount)
+
+
+@app.task(shared=False)
+def pay_without_a_key(amount: int) -> int:
+    """Nothing could be recorded, and nobody would know."""
+    with engine.begin() as db:
+        db.execute(sa.insert(payments).values(amount=amount))
+        remember(amount * 10, on=db)
+    return amount * 10

@@ -81,6 +81,13 @@ def test_a_transaction_that_is_rolled_back_leaves_the_key_free(shop: Any) -> Non
     assert not shop.pay_and_fail.delay(7).duplicate
 
 
+def test_a_task_without_a_key_has_nothing_to_be_remembered_by(shop: Any) -> None:
+    with pytest.raises(InvalidOptions, match=r"pay_without_a_key: remember\(\) has nothing to record the result under"):
+        shop.pay_without_a_key.delay(8).get(timeout=20)
+
+    assert paid(shop, 8) == 0
+
+
 def test_outside_of_a_run_nothing_is_remembered(shop: Any, tmp_path: Path) -> None:
     assert shop.pay(11) == 110
     assert not shop.pay.delay(11).duplicate
