@@ -15,9 +15,11 @@ from celery.exceptions import Ignore, Reject, Retry
 from celery.worker import state
 
 from celerykit.errors import InvalidPayload, TaskInterrupted
+from celerykit.idempotency import Once, Turn
 from celerykit.retry import DROPPED
 from celerykit.worker.ending import Ending
 from celerykit.worker.request import Request
+from celerykit.worker.starts import MOST_FORGIVEN
 
 #: Told by the pool, not by the task.
 _OF_THE_POOL = (WorkerLostError, SystemExit, TimeLimitExceeded)
@@ -164,6 +166,22 @@ def test_on_crash_bury_buries_at_once(make: Any, undertaker: Any) -> None:
 
     assert [one.reason for one in undertaker.buried] == ["process_died"]
     assert request.fates == ["acknowledged"]
+
+
+@pytest.mark.parametrize(("given_back", "is_buried"), [(0, False), (MOST_FORGIVEN, True)])
+def test_what_its_claim_calls_done_goes_back_for_its_result_but_not_for_ever(
+    make: Any, undertaker: Any, task_id: str, given_back: int, is_buried: bool
+) -> None:
+    request = make(on_crash="bury", once=Once())
+    claims = request.task.claims
+    running = claims.start(claims.identify((), {}, id=task_id), task_id, Turn(), token="t", joined=None, was_sent=False)
+    claims.finish(running.run, 1)
+    undertaker.forgiven += [None] * given_back
+
+    fails(request, WorkerLostError("killed"))
+
+    assert bool(undertaker.buried) is is_buried
+    assert bool(undertaker.handed_back) is not is_buried
 
 
 def test_a_success_that_was_stored_is_no_death(make: Any, undertaker: Any, app: Any, task_id: str) -> None:
