@@ -9,6 +9,7 @@ hold a secret is a ``SecretStr``.
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
@@ -108,4 +109,45 @@ class Kit(BaseModel):
         default=timedelta(seconds=30),
         description="How long what a process holds stays its own after its last sign of life: a worker's messages "
         "(on Redis and Valkey), running keys, slots of limits, the lead among beats.",
+    )
+
+    log_format: Literal["auto", "json", "text", "celery"] = Field(
+        default="auto",
+        description="How a worker and beat write their log: `json`, `text` for people, or `celery` as stock. `auto`: "
+        "text on a terminal and JSON elsewhere; where the program has set up logging itself, what it says.",
+    )
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        default="INFO",
+        description="From which level on a worker and beat log. `-l` on the command line wins over it.",
+    )
+
+    secret_keys: SecretStr | None = Field(
+        default=None,
+        description="Keys that `SecretStr` fields are encrypted with on their way, separated by commas: the first one "
+        "encrypts, all of them decrypt. Without it, such a call is refused. Needs `celerykit[crypto]`.",
+    )
+
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Where a worker serves its numbers to Prometheus. Needs `celerykit[metrics]`.",
+    )
+
+    metrics_host: str = Field(
+        default="0.0.0.0",  # noqa: S104  (scraped from another machine; there are no payloads in it)
+        description="The address that `CELERYKIT_METRICS_PORT` is bound to.",
+    )
+
+    health_dir: Path | None = Field(
+        default=None,
+        description="Where workers and beat leave the signs of life that `celerykit health` reads. Without it: "
+        "`celerykit-<uid>` in the system's directory for temporary files.",
+    )
+
+    health_stall: Duration = Field(
+        default=timedelta(seconds=60),
+        description="How long a worker with free places may receive nothing while its queues are not empty, before "
+        "it counts as stuck. Seconds, or ISO 8601 such as `PT1M`.",
     )
