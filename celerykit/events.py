@@ -63,6 +63,11 @@ class Event:
         object.__setattr__(self, "logger", logging.getLogger(f"celerykit.{self.name.partition('.')[0]}"))
         EVENTS[self.name] = self
 
+    @property
+    def is_wanted(self) -> bool:
+        """Tell whether anybody hears of it: for those whose facts cost something."""
+        return bool(_observers) or self.logger.isEnabledFor(self.level)
+
     def tell(self, *, exc_info: Any = None, **facts: Any) -> None:
         """
         Tell it.
@@ -110,4 +115,69 @@ TASK_IGNORED = Event("task.ignored", _INFO, "A call has ended without a result, 
 TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed back, by its own word.")
 TASK_REVOKED = Event("task.revoked", _WARNING, "A call was revoked, or had expired, and does not run.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
-TASK_DEAD = Event("task.dead", _ERROR, "A call was buried among the dead letters.")
+TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
+
+# Many calls at once
+
+TASK_SENT_MANY = Event("task.sent_many", _INFO, "A batch of calls was handed to its broker.")
+
+# Keys of calls
+
+CLAIM_UNKNOWN = Event("claim.unknown", _WARNING, "The store did not say whose a key is; `then` is what was done.")
+CLAIM_SENT_AGAIN = Event("claim.sent_again", _WARNING, "A call was sent once more: nothing was heard of it for long.")
+CLAIM_LOST = Event("claim.lost", _WARNING, "A run came to its end, and its key was another's by then.")
+CLAIM_NOT_RECORDED = Event("claim.not_recorded", _ERROR, "What came of a run could not be written at its key.")
+CLAIM_RESULT_NOT_KEPT = Event("claim.result_not_kept", _ERROR, "A run is recorded as done, but its result cannot be.")
+CLAIM_NOT_ENDED = Event("claim.not_ended", _WARNING, "A buried or revoked call's key was not freed; its lease ends.")
+CLAIM_NOT_TAKEN_BACK = Event("claim.not_taken_back", _WARNING, "The key of a call that was not sent is freed later.")
+CLAIM_NOT_GIVEN_UP = Event("claim.not_given_up", _WARNING, "The key of a run that is gone is freed by its lease.")
+
+# What is leased: keys and slots, by their tasks' processes
+
+LEASE_NOT_RENEWED = Event("lease.not_renewed", _WARNING, "Leases of running calls were not renewed; tried again.")
+LEASE_LOST = Event("lease.lost", _WARNING, "A running call's key is another's now, or was released.")
+
+LIMIT_UNKNOWN = Event("limit.unknown", _WARNING, "The store gave no slot of a limit; `then` is what was done.")
+LIMIT_LOST = Event("limit.lost", _WARNING, "A slot's lease had run out, and others have all slots: more run than may.")
+LIMIT_NOT_GIVEN_BACK = Event("limit.not_given_back", _WARNING, "A slot was not given back. It is free after `delay`.")
+
+# Messages, and those who hold them
+
+LEASES_OFF = Event("leases.off", _WARNING, "This Kombu is unknown: a dead worker's messages come back late.")
+LEASES_LATER = Event("leases.later", _INFO, "A message could not be given back at once; its keeper will.")
+LEASES_NOT_RENEWED = Event("leases.not_renewed", _WARNING, "A worker could not renew the leases of its messages.")
+LEASES_LAPSED = Event("leases.lapsed", _WARNING, "A worker was away: others may have started again what it was doing.")
+LEASES_RESTORED = Event("leases.restored", _WARNING, "Messages of a worker that is gone went back to their queues.")
+
+MESSAGE_HELD = Event("message.held", _WARNING, "A message could not be sent again with a delay; this worker holds it.")
+GARBAGE_KEPT = Event("garbage.kept", _ERROR, "An item that is no message could not be buried; it stays in its queue.")
+GARBAGE_IGNORED = Event("garbage.ignored", _WARNING, "What a fanout exchange brought is no message, and was dropped.")
+
+STARTS_NOT_COUNTED = Event("starts.not_counted", _WARNING, "The store did not count a redelivered call's start.")
+STARTS_NOT_FORGIVEN = Event("starts.not_forgiven", _WARNING, "A start whose message goes back counts as one.")
+
+RESULT_NOT_STORED = Event("result.not_stored", _ERROR, "A call that did not run has no result in the backend.")
+RESULT_NOT_READ = Event("result.not_read", _WARNING, "A result that may be there could not be read.")
+
+DEAD_LETTER_NOT_WRITTEN = Event("dead_letter.not_written", _ERROR, "A letter could not be written; `then` tells more.")
+DEAD_LETTER_NOT_NOTED = Event("dead_letter.not_noted", _WARNING, "A letter is written, and may be a second time.")
+DEAD_LETTER_EVICTED = Event("dead_letter.evicted", _WARNING, "A letter was thrown away: too old, or too many.")
+DEAD_LETTER_NOT_EVICTED = Event("dead_letter.not_evicted", _WARNING, "Old letters could not be thrown away; later.")
+DEAD_LETTER_RESULT_KEPT = Event("dead_letter.result_kept", _WARNING, "A replayed call's old result is still there.")
+
+# Processes
+
+WORKER_OUT_OF_TIME = Event("worker.out_of_time", _WARNING, "What still runs goes back to its queue: time is up.")
+WORKER_SOFT_SHUTDOWN = Event("worker.soft_shutdown", _WARNING, "A worker ends. What runs has `delay` to end, too.")
+WORKER_NOT_ALL_GIVEN_BACK = Event("worker.not_all_given_back", _ERROR, "A worker ended on an error of its own.")
+
+BEAT_LEADS = Event("beat.leads", _INFO, "This beat sends from now on.")
+BEAT_STANDS_BY = Event("beat.stands_by", _INFO, "Another beat sends.")
+BEAT_UNLIKE = Event("beat.unlike", _WARNING, "The leader has other entries, or other schedules, and its own count.")
+BEAT_LOST = Event("beat.lost", _WARNING, "This beat, or the store, was away for so long that another may lead.")
+BEAT_MISSED = Event("beat.missed", _WARNING, "A tick was not sent when it was due; `then` is what follows.")
+BEAT_NOT_SENT = Event("beat.not_sent", _WARNING, "The broker did not take a tick; it is tried again after `delay`.")
+BEAT_DOUBTFUL = Event("beat.doubtful", _WARNING, "A tick was sent, and may have been by another beat as well.")
+BEAT_STORE_UNAVAILABLE = Event("beat.store_unavailable", _WARNING, "Nothing is sent until the store is back.")
+BEAT_FOUND_STORE = Event("beat.found_store", _INFO, "The store is back, and the schedule goes on.")
+BEAT_NOT_SHARED = Event("beat.not_shared", _WARNING, "There is no store that beats share: this is Celery's scheduler.")

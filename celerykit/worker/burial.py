@@ -8,17 +8,16 @@ At shutdown what is still unwritten stays unacknowledged, and so goes back.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import kombu
 from celery.canvas import maybe_signature
 
-from celerykit import letters
+from celerykit import events, letters
 from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, identify, letter_id
 from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
 __all__ = ["Undertaker"]
-
-log = logging.getLogger(__name__)
 
 #: Seconds between two looks for letters that are too old, or too many.
 _EVICTS_EVERY = 3600.0
@@ -96,7 +93,7 @@ class Undertaker:
         )
         kinds = {"content_type": "application/octet-stream", "content_encoding": "binary"}
         letters.bury(self._app, Letter(note=note, body=item, headers={}, properties={}, **kinds))
-        self._tell(note)
+        _tell_dead(note, {})
 
     def is_waiting(self, request: Any) -> bool:
         """
@@ -122,13 +119,13 @@ class Undertaker:
         try:
             self._write(grave)
         except Exception as error:  # noqa: BLE001  (an edge: whatever it is, the message must not be lost)
-            log.error("dead_letter.not_written %s, will try again: %s", _named(grave.letter.note), error)
+            _tell_not_written(grave.letter.note, error, then="retry")
             self._wait_with(grave)
 
     def _write(self, grave: _Grave) -> None:
         letters.bury(self._app, grave.letter)
         self._note(grave.letter.note)
-        self._tell(grave.letter.note)
+        _tell_dead(grave.letter.note, grave.letter.headers)
         if grave.chord:
             self._bury_body(grave)
         grave.then()
@@ -140,12 +137,7 @@ class Undertaker:
             self._app.store.mark(buried_key(note.letter), note.reason, ttl=keep)
         except StoreUnavailable as error:
             # Then a redelivery may write it a second time, under the same id.
-            log.warning("dead_letter.not_noted %s: %s", _named(note), error)
-
-    def _tell(self, note: Note) -> None:
-        log.error(
-            "dead_letter.buried %s reason=%s error=%s letter=%s", _named(note), note.reason, note.error, note.letter
-        )
+            events.DEAD_LETTER_NOT_NOTED.tell(task=note.task, id=note.id, letter=note.letter, error=error)
 
     def _wait_with(self, grave: _Grave) -> None:
         with self._lock:
@@ -171,7 +163,7 @@ class Undertaker:
             try:
                 self._write(grave)
             except Exception as error:  # noqa: BLE001  (as above)
-                log.warning("dead_letter.not_written id=%s, will try again: %s", name, error)
+                _tell_not_written(grave.letter.note, error, then="retry")
                 return False
             with self._lock:
                 last = self._waiting.pop(name)
@@ -194,7 +186,7 @@ class Undertaker:
             if self._app.store.mark("evicting", self._worker, ttl=_EVICTS_EVERY / 2) is None:
                 self._app.dead_letters.evict()
         except CelerykitError as error:
-            log.warning("dead_letter.not_evicted: %s", error)
+            events.DEAD_LETTER_NOT_EVICTED.tell(error=error)
 
     # What is written
 
@@ -266,9 +258,9 @@ class Undertaker:
         try:
             self._send_body(body, told)
         except Exception as error:  # noqa: BLE001  (a signature may hold anything; the member's letter is what counts)
-            log.error("dead_letter.not_written %s reason=chord_failed: %s", _named(told), error)
+            _tell_not_written(told, error, then="nothing")
         else:
-            self._tell(told)
+            _tell_dead(told, grave.letter.headers)
 
     def _send_body(self, body: Any, note: Note) -> None:
         body = body.clone()
@@ -292,8 +284,24 @@ class Undertaker:
             return False
 
 
-def _named(note: Note) -> str:
-    return f"task={note.task} id={note.id}"
+def _tell_dead(note: Note, headers: Mapping[str, Any]) -> None:
+    events.TASK_DEAD.tell(
+        task=note.task,
+        id=note.id,
+        root_id=_text(headers.get("root_id")),
+        attempt=note.attempts,
+        queue=note.queue,
+        reason=note.reason,
+        error=note.error or None,
+        error_fingerprint=note.fingerprint or None,
+        letter=note.letter,
+    )
+
+
+def _tell_not_written(note: Note, error: Exception, *, then: str) -> None:
+    events.DEAD_LETTER_NOT_WRITTEN.tell(
+        task=note.task, id=note.id, reason=note.reason, letter=note.letter, error=error, then=then
+    )
 
 
 def _text(value: Any) -> str | None:

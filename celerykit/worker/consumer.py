@@ -19,6 +19,7 @@ from celery.worker import consumer as stock
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError
 
+from celerykit import events
 from celerykit.dead_letters import Reason
 from celerykit.errors import Undeliverable
 from celerykit.needs import check_store
@@ -33,6 +34,7 @@ from celerykit.worker.starts import Starts, Verdict
 
 __all__ = ["Consumer"]
 
+#: Kombu says by it that a message could not be acknowledged.
 log = logging.getLogger(__name__)
 
 #: What a message can raise, too, though Kombu counts some of it among the errors of a connection.
@@ -213,7 +215,7 @@ class Consumer(_Stock):  # type: ignore[misc]
         name, task_id = headers["task"], headers["id"]
         pause = pause_for_newer(self.app.store, task_id, grace=self.app.settings.kit.unknown_task_grace)
         if pause is not None:
-            log.warning("task.handed_back task=%s id=%s: it is not known here", name, task_id)
+            events.TASK_HANDED_BACK.tell(task=name, id=task_id, reason="unknown_task", delay=pause)
             reject = partial(message.reject_log_error, log, self._broken)
             self.undertaker.returns.give_back(
                 message, reject=reject, acknowledge=self._acknowledging(message), after=pause
@@ -232,9 +234,9 @@ class Consumer(_Stock):  # type: ignore[misc]
             ending = ending_of(error, reason=reason)
             claims.end_message(self.app, message.headers, ending.error or reason)
             self.undertaker.bury_message(message, ending, then=self._acknowledging(message), chord=embed.get("chord"))
-        except Exception:  # (an edge: what can be read of such a message is anybody's guess)
+        except Exception as failure:  # noqa: BLE001  (an edge: what can be read of such a message is anybody's guess)
             # Neither acknowledged nor lost: it goes back when the worker ends.
-            log.exception("dead_letter.not_written reason=%s", reason)
+            events.DEAD_LETTER_NOT_WRITTEN.tell(reason=reason, error=failure, then="redelivered", exc_info=True)
         else:
             self._fail(message, embed, error)
 
@@ -254,7 +256,7 @@ class Consumer(_Stock):  # type: ignore[misc]
             if dispatcher := self.event_dispatcher:
                 dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
         except Exception as failure:  # noqa: BLE001  (an edge: a backend that is down, or headers that make no sense)
-            log.error("result.not_stored id=%s: %s", task_id, failure)
+            events.RESULT_NOT_STORED.tell(task=_text(headers.get("task")), id=task_id, error=failure)
 
 
 def _embed_of(message: Any) -> Mapping[str, Any]:
@@ -264,3 +266,7 @@ def _embed_of(message: Any) -> Mapping[str, Any]:
     except Exception:  # noqa: BLE001  (decoders raise what they like)
         return {}
     return embed if isinstance(embed, Mapping) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None

@@ -12,7 +12,6 @@ and `_context` are Celery's own business; a test names the versions.
 
 from __future__ import annotations
 
-import logging
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +21,7 @@ from celery.utils.time import maybe_iso8601
 from celery.worker import request as stock
 from celery.worker import state
 
+from celerykit import events
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
 from celerykit.headers import Headers
 from celerykit.retry import DROPPED
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Request"]
 
-
-log = logging.getLogger(__name__)
 
 #: celery-types knows half of it.
 _Stock: Any = stock.Request
@@ -199,7 +197,7 @@ class Request(_Stock):  # type: ignore[misc]
         try:
             super()._announce_revoked(reason, terminated, signum, expired)
         except Exception as error:  # noqa: BLE001  (an edge: a result backend that is down must not stop the worker)
-            log.error("result.not_stored task=%s id=%s: %s", self.name, self.id, error)
+            events.RESULT_NOT_STORED.tell(task=self.name, id=self.id, error=error)
             self._already_revoked = True
             self.acknowledge()
         if expired:

@@ -354,7 +354,7 @@ def test_a_queue_s_own_dead_letter_exchange_gets_no_second_letter(rabbitmq: Any,
         failed = app.send_task("tests.integration.retry_shop.broken", (1,), queue=to_own)
         app.send_task("tests.integration.retry_shop.rejects", queue=to_own)
         app.send_task("tests.integration.retry_shop.broken", ({"not": "a number"},), queue=to_own)
-        services.eventually(lambda: node.log.count("dead_letter.buried") == 3, what=lambda: node.log)
+        services.eventually(lambda: node.log.count("task.dead") == 3, what=lambda: node.log)
 
     assert failed.state == "FAILURE"
     with kombu.Connection(rabbitmq.url) as connection:
