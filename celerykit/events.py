@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["EVENTS", "Event", "Said", "observe"]
+from celerykit.masks import mask_text
+
+__all__ = ["EVENTS", "Event", "Said", "describe", "observe"]
 
 #: What is told of each event, whatever the level of logs is: counters.
 _observers: list[Callable[[Event, Mapping[str, Any]], None]] = []
@@ -88,9 +90,15 @@ class Event:
             self.logger.log(self.level, said, exc_info=exc_info, extra={"data": facts}, stacklevel=2)
 
 
+def describe(error: BaseException) -> str:
+    """Write an error in one text, without the passwords of URLs: clients of brokers and databases quote theirs."""
+    text = mask_text(str(error)).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _written(value: Any) -> str:
     if isinstance(value, BaseException):
-        return f"{type(value).__name__}: {value}"
+        value = describe(value)
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)

@@ -37,8 +37,8 @@ from types import MappingProxyType
 from typing import Any
 
 from celerykit.errors import InvalidSettings
+from celerykit.masks import MASK, Masked, mask_text, shown
 from celerykit.settings.kit import Kit
-from celerykit.settings.masks import MASK, Masked, mask_text, shown
 from celerykit.settings.opinions import OPINIONS, Opinion, hold, is_container
 from celerykit.settings.options import UNLISTED, OptionTable
 from celerykit.settings.reading import Found, check_urls, read_celery, read_kit, settle_urls

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from celerykit.masks import is_secret
 from celerykit.settings.kit import Kit
-from celerykit.settings.masks import is_secret
 from celerykit.settings.options import OptionTable, field_type, kind_of
 from celerykit.settings.sources import Layer
 from celerykit.settings.urls import BROKER_URLS, URLS, UnknownScheme, check_backend, check_broker, settle
