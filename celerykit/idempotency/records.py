@@ -20,8 +20,12 @@ __all__ = [
     "end_claim",
     "find_claim",
     "is_lapsed",
+    "key_in",
     "record_of",
 ]
+
+#: Before a key, in the name of its record.
+_PREFIX = "once:"
 
 #: Seconds after which a call that should be in its queue is sent once more by whoever joins it.
 SENT_ANEW_AFTER = 60.0
@@ -35,7 +39,12 @@ MOST_ROUNDS = 20
 
 def record_of(key: str) -> str:
     """Name the record of a key in the store."""
-    return f"once:{key}"
+    return f"{_PREFIX}{key}"
+
+
+def key_in(name: str) -> str:
+    """Give the key whose record has this name."""
+    return name.removeprefix(_PREFIX)
 
 
 def claim_in(record: Record | None) -> Claim | None:

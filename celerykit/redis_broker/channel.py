@@ -4,7 +4,6 @@ Takes messages: pops them, notes them in a `Hold`, and acknowledges them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
@@ -14,13 +13,12 @@ from kombu.transport import redis as stock
 from kombu.transport import virtual
 from kombu.utils.json import dumps
 
+from celerykit import events
 from celerykit.redis_broker.hold import Hold, Loose
 from celerykit.redis_broker.message import Garbage, TakenMessage
 from celerykit.redis_broker.unacked import Unacked
 
 __all__ = ["OUR_KEYS", "Channel"]
-
-log = logging.getLogger(__name__)
 
 #: Before the names of Kombu's keys: what our workers have taken is not what stock workers have taken.
 OUR_KEYS = "celerykit."
@@ -114,7 +112,7 @@ class _QoS(_StockQoS):  # type: ignore[misc]
         try:
             do(*args, **kwargs)
         except (*self.channel.connection_errors, redis.RedisError) as error:
-            log.info("leases.later: %s", type(error).__name__)
+            events.LEASES_LATER.tell(error=type(error).__name__)
             return False
         return True
 
@@ -232,5 +230,5 @@ class Channel:
         try:
             return kombus._deliver_fanout_message(message, exchange)
         except Garbage as error:
-            log.warning("garbage.ignored exchange=%s: %s", exchange, error)
+            events.GARBAGE_IGNORED.tell(exchange=exchange, error=error)
             return False

@@ -4,19 +4,17 @@ A connection to consume by, in place of a worker's own.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 from typing import Any
 
 import kombu
 
+from celerykit import events
 from celerykit.redis_broker.channel import Channel
 from celerykit.redis_broker.hold import Hold
 from celerykit.redis_broker.known import whats_unknown
 
 __all__ = ["Connection", "guard"]
-
-log = logging.getLogger(__name__)
 
 _kombu: Any = kombu
 
@@ -52,11 +50,10 @@ def guard(connection: Any, hold: Hold) -> Any:
     if not _is_redis(connection.get_transport_cls()):
         return connection
     if unknown := whats_unknown():
-        log.warning(
-            "leases.off: this is Kombu %s, and %s. A dead worker's messages come back after Celery's "
-            "visibility_timeout; what takes longer than that runs twice.",
-            _kombu.__version__,
-            unknown,
+        events.LEASES_OFF.tell(
+            reason=f"this is Kombu {_kombu.__version__}, and {unknown}",
+            hint="A dead worker's messages come back after Celery's visibility_timeout; "
+            "what takes longer than that runs twice.",
         )
         return connection
     kind: Any = type(connection)

@@ -4,15 +4,14 @@ What a worker has taken and not finished.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-__all__ = ["Hold", "Loose", "OnGarbage"]
+from celerykit import events
 
-log = logging.getLogger(__name__)
+__all__ = ["Hold", "Loose", "OnGarbage"]
 
 #: Called with the queue, what lay in it, and what is wrong with that. If it raises, the item goes back.
 OnGarbage = Callable[[str, bytes, Exception], Any]
@@ -103,7 +102,7 @@ class Hold:
             return False
         try:
             self.on_garbage(queue, item, error)
-        except Exception:  # (an edge: whatever it is, the item must not be lost)
-            log.exception("garbage.kept queue=%s", queue)
+        except Exception as failure:  # noqa: BLE001  (an edge: whatever it is, the item must not be lost)
+            events.GARBAGE_KEPT.tell(queue=queue, error=failure, exc_info=True)
             return False
         return True

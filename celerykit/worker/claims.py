@@ -6,21 +6,19 @@ In a process of the pool the step `once` does it, for all that ends as it should
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+from celerykit import events
 from celerykit.again import TOKEN
 from celerykit.errors import StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, State, Turn, find_claim
 from celerykit.idempotency.claim import Event, version
-from celerykit.idempotency.records import end_claim, record_of
+from celerykit.idempotency.records import end_claim, key_in, record_of
 
 __all__ = ["begin", "end", "end_message", "give_up", "hand_back", "has_finished", "release"]
-
-log = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
@@ -56,7 +54,7 @@ def has_finished(request: Any) -> bool:
     if claims is None or (place := _place(request, claims)) is None:
         return False
     try:
-        claim = find_claim(claims.store(), place.name.removeprefix(record_of("")))
+        claim = find_claim(claims.store(), key_in(place.name))
     except StoreUnavailable:
         return False
     return claim is not None and claim.state is State.DONE and claim.id == place.id
@@ -90,9 +88,9 @@ def _move(store: Any, place: _Place, event: Event, why: str, *, token: str | Non
     try:
         end_claim(store(), place.name, place.id, place.turn, token=token, event=event, why=why)
     except StoreUnavailable as error:
-        log.warning("claim.not_ended key=%s id=%s: %s", place.name, place.id, error)
+        events.CLAIM_NOT_ENDED.tell(key=key_in(place.name), id=place.id, error=error)
     except Exception as error:  # noqa: BLE001  (an edge: the message must still come to its end)
-        log.error("claim.not_ended key=%s id=%s: %s", place.name, place.id, type(error).__name__)
+        events.CLAIM_NOT_ENDED.tell(key=key_in(place.name), id=place.id, error=type(error).__name__)
 
 
 def _claims_of(request: Any) -> Claims | None:

@@ -10,7 +10,6 @@ blocked, nor to the end of a shutdown.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 import weakref
@@ -21,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 import redis
 from celery.worker import state
 
+from celerykit import events
+
 if TYPE_CHECKING:
     from celerykit.redis_broker import Hold, Keeper, OnGarbage
 
 __all__ = ["Leases"]
-
-log = logging.getLogger(__name__)
 
 #: Renewals in the time of a lease: two may fail.
 _RENEWALS = 3
@@ -137,10 +136,10 @@ class Leases:
             self._sweep(keeper)
         except (redis.RedisError, OSError) as error:
             if not self._is_failing:
-                log.warning("leases.not_renewed: %s: %s", type(error).__name__, error)
+                events.LEASES_NOT_RENEWED.tell(error=error)
             self._is_failing = True
-        except Exception:  # (an edge: without this thread the worker's messages would run twice)
-            log.exception("leases.not_renewed")
+        except Exception as error:  # noqa: BLE001  (an edge: without this thread the worker's messages would run twice)
+            events.LEASES_NOT_RENEWED.tell(error=error, exc_info=True)
             self._is_failing = True
         else:
             self._is_failing = False
@@ -159,12 +158,7 @@ class Leases:
         """Say so when this worker was away for longer than a lease."""
         away, self._renewed_at = (now - self._renewed_at) / 1_000_000, now
         if self._lease < away < now / 1_000_000:
-            log.warning(
-                "leases.lapsed after=%.1f lease=%g: this worker or its broker was away. Other workers may have "
-                "started again what it was doing.",
-                away,
-                self._lease,
-            )
+            events.LEASES_LAPSED.tell(after=round(away, 1), lease=self._lease)
 
     def _sweep(self, keeper: Keeper) -> None:
         # Not for so long that the next renewal would have to wait.
@@ -174,7 +168,7 @@ class Leases:
             restored = keeper.sweep()
             total += restored
         if total:
-            log.warning("leases.restored messages=%d: their worker is gone", total)
+            events.LEASES_RESTORED.tell(count=total)
 
 
 def all_of(requests: MutableSet[Any]) -> set[Any]:

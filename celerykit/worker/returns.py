@@ -4,7 +4,6 @@ Gives messages back to their queue after a while: what made them come back may n
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import kombu
 from kombu.transport.native_delayed_delivery import MAX_LEVEL, calculate_routing_key, level_name
 
+from celerykit import events
 from celerykit.dead_letters import Note
 from celerykit.errors import EnqueueError
 from celerykit.headers import Headers
@@ -19,8 +19,6 @@ from celerykit.letters import letter_of
 from celerykit.publishing import sending
 
 __all__ = ["Returns", "undelayed"]
-
-log = logging.getLogger(__name__)
 
 #: Before the routing key of a message that RabbitMQ has delayed.
 _LEVELS = re.compile(rf"^(?:[01]\.){{{MAX_LEVEL + 1}}}")
@@ -88,7 +86,8 @@ class Returns:
         try:
             self._send(message, queue, seconds)
         except EnqueueError as error:
-            log.warning("message.held id=%s: it could not be sent with a delay: %s", message.headers.get("id"), error)
+            headers = message.headers
+            events.MESSAGE_HELD.tell(task=headers.get("task"), id=headers.get("id"), queue=queue.name, error=error)
             return False
         return True
 

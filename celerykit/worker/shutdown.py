@@ -14,7 +14,6 @@ names the versions.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import signal
 import threading
@@ -34,9 +33,9 @@ from celery.worker import state
 from kombu.common import ignore_errors
 from kombu.transport import virtual
 
-__all__ = ["TaskPool", "Worker", "cancel_active_requests", "may_start"]
+from celerykit import events
 
-log = logging.getLogger(__name__)
+__all__ = ["TaskPool", "Worker", "cancel_active_requests", "may_start"]
 
 #: celery-types knows half of them.
 _Pool: Any = cast("Any", prefork.TaskPool).Pool
@@ -179,7 +178,7 @@ class Worker(_Worker):  # type: ignore[misc]
             # One more signal would end this process on the spot.
             return
         self._is_overdue = True
-        log.warning("worker.out_of_time after=%g: what still runs goes back to its queue", seconds)
+        events.WORKER_OUT_OF_TIME.tell(after=seconds)
         # Its handler runs on the main thread, whatever that is waiting for.
         os.kill(os.getpid(), signal.SIGQUIT)
 
@@ -193,7 +192,7 @@ class Worker(_Worker):  # type: ignore[misc]
             return
         deadline = time.monotonic() + self.patience
         if self.patience and any(_running(self.pool)):
-            log.warning("Initiating Soft Shutdown, terminating in %s seconds", self.patience)
+            events.WORKER_SOFT_SHUTDOWN.tell(delay=self.patience)
         while time.monotonic() < deadline and self._has_to_wait():
             time.sleep(_TICK)
 
@@ -268,8 +267,8 @@ class Worker(_Worker):  # type: ignore[misc]
                 self.pidlock.release()
             # All that an ordinary exit does, but for waiting for threads.
             atexit._run_exitfuncs()
-        except BaseException:  # (an edge: what this raised would be raised in somebody's task)
-            log.exception("worker.not_all_given_back")
+        except BaseException as error:  # noqa: BLE001  (an edge: what this raised would be raised in somebody's task)
+            events.WORKER_NOT_ALL_GIVEN_BACK.tell(error=error, exc_info=True)
         finally:
             os._exit(os.EX_OK)
 

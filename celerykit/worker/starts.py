@@ -8,21 +8,19 @@ counted together with the second.
 
 from __future__ import annotations
 
-import logging
 from enum import Enum, auto
 from typing import Any
 
 from celery.utils.collections import LimitedSet
 from celery.worker import state
 
+from celerykit import events
 from celerykit.dead_letters import identify, replay_mark
 from celerykit.errors import StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.stores import Store
 
 __all__ = ["MOST_FORGIVEN", "Starts", "Verdict", "buried_key", "letter_of"]
-
-log = logging.getLogger(__name__)
 
 #: How long a count is remembered after the last start, in seconds.
 _REMEMBERED = 7 * 86400
@@ -86,7 +84,7 @@ class Starts:
         try:
             return self._judge(request, is_redelivered=is_redelivered, runs_at_most_once=runs_at_most_once)
         except StoreUnavailable as error:
-            log.warning("starts.not_counted task=%s id=%s: %s", request.name, request.id, error)
+            events.STARTS_NOT_COUNTED.tell(task=request.name, id=request.id, error=error)
             return Verdict.WAIT if runs_at_most_once else Verdict.START
 
     def forgive(self, request: Any) -> int:
@@ -94,7 +92,7 @@ class Starts:
         try:
             return self._store.add(_key("handed_back", request), ttl=_REMEMBERED)
         except StoreUnavailable as error:
-            log.warning("starts.not_forgiven task=%s id=%s: %s", request.name, request.id, error)
+            events.STARTS_NOT_FORGIVEN.tell(task=request.name, id=request.id, error=error)
             return 0
 
     def _judge(self, request: Any, *, is_redelivered: bool, runs_at_most_once: bool) -> Verdict:
