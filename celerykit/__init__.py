@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from celerykit.idempotency import Key, Once
     from celerykit.limits import Concurrent, Rate
+    from celerykit.marks import Redact
     from celerykit.result import Result
     from celerykit.retry import Backoff, Dead, Drop, Retry, RetryAfter, Snooze
     from celerykit.task import Task
@@ -63,6 +64,7 @@ _HOMES = {
     "Once": "idempotency",
     "Outcome": "call",
     "Rate": "limits",
+    "Redact": "marks",
     "Result": "result",
     "ResultMismatch": "errors",
     "ResultNotStored": "errors",
@@ -102,6 +104,7 @@ __all__ = [
     "Once",
     "Outcome",
     "Rate",
+    "Redact",
     "Result",
     "ResultMismatch",
     "ResultNotStored",

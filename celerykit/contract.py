@@ -24,6 +24,7 @@ from pydantic_core import PydanticSerializationError, to_jsonable_python
 from celerykit.annotations import NOTHING, fields_of_parameters, fields_of_result, hints_of, name_of
 from celerykit.errors import InvalidPayload, Problem, ResultMismatch
 from celerykit.fields import Fields
+from celerykit.marks import RESULT, Redact, names_of
 from celerykit.parameters import BindingError, Parameters
 
 __all__ = ["Contract"]
@@ -210,6 +211,12 @@ class Contract:
         """
         described = json.dumps([self.describe(), list(self.parameters.required)], sort_keys=True)
         return hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    @cached_property
+    def redacted(self) -> frozenset[str]:
+        """The names of what is marked ``Redact()``, in the parameters and in the result."""
+        returned = {RESULT: self.returns} if self._result else {}
+        return names_of({**self._fields.types, **returned}, Redact)
 
     def describe(self) -> dict[str, Any]:
         """Give the JSON Schema of each parameter, and of ``return``; ``{}`` for what is not typed."""

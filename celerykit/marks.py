@@ -15,21 +15,25 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final, ForwardRef, NamedTuple, NewType, TypeAlias, TypeVar, get_args, get_origin
 
 import typing_extensions
-from pydantic import BaseModel, Json, RootModel
+from pydantic import AliasChoices, AliasPath, BaseModel, Json, RootModel
+from pydantic.fields import FieldInfo
 
 from celerykit.errors import InvalidContract
 
-__all__ = ["EACH", "Path", "paths_of", "types_of_field", "values_at"]
+__all__ = ["EACH", "RESULT", "Path", "Redact", "names_of", "paths_of", "types_of_field", "values_at"]
 
 #: The step that stands for each item of a list, set, tuple of any length, or dict.
 EACH: Final = "*"
 
 #: From a parameter's name inwards: names of fields, places in a tuple that has a type for each, and `EACH`.
 Path: TypeAlias = tuple[str | int, ...]
+
+#: The name of what a task returns, among those of its parameters.
+RESULT: Final = "return"
 
 #: Types that refer to each other in more ways than this are not one call's arguments.
 _MOST = 10_000
@@ -57,6 +61,17 @@ _WRAPPERS = (
 _UNREACHED = "\0"
 
 
+@dataclass(frozen=True, slots=True)
+class Redact:
+    """
+    Marks a value that nobody is to read: ``Annotated[str, Redact()]``.
+
+    It is shown as ``***`` in logs, events, descriptions and notes, and taken
+    out of the errors of its call. Tasks, messages and stored results have it
+    as it is.
+    """
+
+
 class _Hidden(NamedTuple):
     """A type whose values are written where no path goes."""
 
@@ -69,6 +84,13 @@ class _Part(NamedTuple):
     steps: Path
     annotation: Any
     marks: Sequence[Any] = ()
+
+
+class _Named(NamedTuple):
+    """A type, and the names of the field it is the type of."""
+
+    names: tuple[str, ...]
+    part: _Part
 
 
 class _Place(NamedTuple):
@@ -98,6 +120,62 @@ def paths_of(types: Mapping[str, Any], mark: type) -> tuple[Path, ...]:
     for name, annotation in types.items():
         found |= dict.fromkeys(_found((name,), annotation, mark))
     return tuple(found)
+
+
+def names_of(types: Mapping[str, Any], mark: type) -> frozenset[str]:
+    """
+    Find the names under which what carries a *mark* stands in JSON values, aliases included.
+
+    It is the nearest name: for a mark on a list's items, or on what is
+    written without names, that of the field or parameter around it.
+    """
+    found: set[str] = set()
+    waiting = [_Named((name,), _Part((), annotation)) for name, annotation in types.items()]
+    seen: list[tuple[Any, tuple[str, ...]]] = []
+    for _ in range(_MOST):
+        if not waiting:
+            return frozenset(found)
+        names, (_, annotation, marks) = waiting.pop()
+        names = (*names, *_aliases_in(marks))
+        if any(_is(mark, item) for item in marks):
+            found.update(names)
+        if _may_contain_itself(annotation):
+            if (annotation, names) in seen:
+                continue
+            seen.append((annotation, names))
+        waiting += [_Named(_names_at(annotation, part) or names, part) for part in _parts(annotation)]
+    raise _too_many(next(iter(types), ""))
+
+
+def _names_at(kind: Any, part: _Part) -> tuple[str, ...]:
+    step = part.steps[-1] if part.steps else None
+    if not isinstance(step, str) or step in (EACH, _UNREACHED):
+        return ()
+    origin = get_origin(kind) or kind
+    known = getattr(origin, "__pydantic_fields__", None) or {}
+    return (step, *(_aliases_of(known[step]) if step in known else ()))
+
+
+def _aliases_in(marks: Sequence[Any]) -> Iterator[str]:
+    for item in marks:
+        if isinstance(item, FieldInfo):
+            yield from _aliases_of(item)
+
+
+def _aliases_of(field: FieldInfo) -> Iterator[str]:
+    given = field.validation_alias
+    for alias in (
+        field.alias,
+        field.serialization_alias,
+        *(given.choices if isinstance(given, AliasChoices) else [given]),
+    ):
+        name = (
+            next((step for step in reversed(alias.path) if isinstance(step, str)), None)
+            if isinstance(alias, AliasPath)
+            else alias
+        )
+        if name:
+            yield name
 
 
 def values_at(values: Any, path: Path) -> Any:
