@@ -9,7 +9,6 @@ runs.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from celery.utils import uuid
 from celery.utils.time import maybe_iso8601
 from kombu.utils.json import dumps, loads
 
+from celerykit import events
 from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, StoreUnavailable
 from celerykit.headers import Headers
 from celerykit.idempotency import Claims, Identity, Once, Sending, State, find_claim
@@ -50,8 +50,6 @@ __all__ = [
     "send",
     "take_back",
 ]
-
-log = logging.getLogger(__name__)
 
 #: Options of a call that has its place.
 _PLACED = ("task_id", "chord", "chain", "group_id", "link", "link_error", "reply_to")
@@ -87,7 +85,7 @@ def _ended(task: Any, call_id: str) -> Ended | None:
     try:
         stored = task.backend.get_task_meta(call_id)
     except Exception as error:  # noqa: BLE001  (backends raise what they like)
-        log.warning("result.not_read task=%s id=%s: %s", task.name, call_id, type(error).__name__)
+        events.RESULT_NOT_READ.tell(task=task.name, id=call_id, error=type(error).__name__)
         return None
     state, result, at = stored.get("status"), stored.get("result"), _timestamp(stored.get("date_done"))
     if state == states.SUCCESS:
@@ -309,14 +307,14 @@ def _claimed(task: Any, options: Mapping[str, Any], asked: Asked, sending: Sendi
         if task.on_store_down == "fail":
             raise StoreUnavailable(f"{task.name}: {sending} The message was not sent.") from sending
         # Its key is claimed where it runs.
-        log.warning("claim.unknown key=%s id=%s: %s", asked.identity.key, asked.id, sending)
+        events.CLAIM_UNKNOWN.tell(task=task.name, key=asked.identity.key, id=asked.id, then="send", error=sending)
         return Claimed(task, {**options, "task_id": asked.id}, is_duplicate=None)
     answer, claim = sending
     if answer is Answer.GO:
         return Claimed(task, {**options, "task_id": asked.id})
     found = cast("Any", claim)
     if answer is Answer.SEND_AGAIN:
-        log.warning("claim.sent_again key=%s id=%s: nothing was heard of it", asked.identity.key, found.id)
+        events.CLAIM_SENT_AGAIN.tell(task=task.name, key=asked.identity.key, id=found.id)
         header = Headers.of(options["headers"])
         attempt = (found.resume or {}).get("attempt", header.attempt)
         again = replace(header, replay=found.turn.replay, turn=found.turn.number, attempt=attempt)
@@ -327,7 +325,7 @@ def _claimed(task: Any, options: Mapping[str, Any], asked: Asked, sending: Sendi
 
 def answered(task: Any, answer: Answer, found: Any, key: str) -> Result[Any]:
     """Give the result of a duplicate, or raise what it is told."""
-    log.info("claim.%s key=%s first=%s", answer.name.lower(), key, found.id)
+    events.TASK_DUPLICATE.tell(task=task.name, then=answer.name.lower(), key=key, first=found.id)
     if answer is Answer.JOIN:
         result = task.AsyncResult(found.id)
     elif answer is Answer.REUSE:

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import heapq
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 from weakref import WeakKeyDictionary
 
+from celerykit import events
 from celerykit.dead_letters import Filter, Letter, described
 from celerykit.errors import EnqueueError, LetterNotFound
 from celerykit.letter_queues import Held, LetterQueue, declare, letter_of, letter_queue, publish
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
 __all__ = ["Cause", "Change", "DeadLetters", "Refusal", "Report", "Which", "bury", "letter_of"]
-
-log = logging.getLogger("celerykit.dead_letters")
 
 # In
 
@@ -334,7 +332,8 @@ def _oldest(queue: LetterQueue, *, surplus: int, too_old: float) -> Iterator[Hel
 
 
 def _tell_evicted(letter: Letter) -> None:
-    note = asdict(letter.note)
-    facts = {name: note[name] for name in ("letter", "task", "id", "reason", "error", "died_at")}
-    words = " ".join(f"{name}={value}" for name, value in facts.items())
-    log.warning("dead_letter.evicted %s", words, extra={"dead_letter": facts})
+    note = letter.note
+    died_at = datetime.fromtimestamp(note.died_at, UTC).isoformat(timespec="seconds") if note.died_at else None
+    events.DEAD_LETTER_EVICTED.tell(
+        task=note.task, id=note.id, reason=note.reason, error=note.error or None, letter=note.letter, died_at=died_at
+    )

@@ -13,7 +13,6 @@ import difflib
 import hashlib
 import inspect
 import json
-import logging
 import random
 import re
 import secrets
@@ -27,14 +26,13 @@ from typing import Any, Protocol, TypeAlias
 
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
+from celerykit import events
 from celerykit.call import Call, Later, Next
 from celerykit.contract import Contract
 from celerykit.errors import InvalidOptions, LimitReached, StoreUnavailable
 from celerykit.marks import types_of_field
 
 __all__ = ["Concurrent", "Keeper", "Limits", "Rate", "Slots", "check_limits", "limited", "pause"]
-
-log = logging.getLogger(__name__)
 
 #: What a limit is counted by: a parameter or a field in it, a function of the arguments, or nothing.
 By: TypeAlias = str | Callable[..., Any] | None
@@ -279,7 +277,7 @@ class Slot:
         """Let its time begin anew, unless it was given back."""
         with self._lock:
             if not self._is_over and self.take() > 0:
-                log.warning("limit.lost %s: its lease had run out, and others have all slots", self.name)
+                events.LIMIT_LOST.tell(slot=self.name)
 
     def give(self) -> None:
         """Give it back. Never fails: what came of the call stays what it is."""
@@ -288,7 +286,7 @@ class Slot:
                 self._is_over = True
                 self._store.give(self._key, self._holder)
         except Exception as error:  # noqa: BLE001  (an edge: the store's errors, and a time limit that strikes here)
-            log.warning("limit.not_given_back %s: it is free in %.3g s at the latest: %s", self.name, self._ttl, error)
+            events.LIMIT_NOT_GIVEN_BACK.tell(slot=self.name, delay=self._ttl, error=error)
 
 
 def limited(call_next: Next, call: Call) -> Any:
@@ -313,7 +311,7 @@ def _taken(limits: Limits, call: Call) -> list[Slot]:
         return limits.take(call)
     except StoreUnavailable as error:
         then = call.policies.get("on_store_down", "retry")
-        log.warning("limit.unknown task=%s id=%s then=%s: %s", call.task, call.id, then, error)
+        events.LIMIT_UNKNOWN.tell(task=call.task, id=call.id, then=then, error=error)
         if then == "fail":
             raise
         if then == "run":

@@ -6,19 +6,17 @@ A thread, since a task may keep the main one busy for as long as it likes.
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from celerykit import events
 from celerykit.errors import StoreUnavailable
 from celerykit.stores import Hold, Store
 
 __all__ = ["Renewal"]
-
-log = logging.getLogger(__name__)
 
 #: Seconds that a thread waits for something to do.
 _RESTS = 60.0
@@ -121,7 +119,7 @@ class Renewal:
             try:
                 renew()
             except Exception as error:  # noqa: BLE001  (an edge: one that fails must not end the others)
-                log.warning("lease.not_renewed %s: %s", name, error)
+                events.LEASE_NOT_RENEWED.tell(slot=name, error=error)
 
 
 def _has_ended(here: _Process) -> bool:
@@ -136,12 +134,12 @@ def _renew_records(here: _Process, of_a_store: list[_Held]) -> None:
     try:
         are_there = of_a_store[0].store.renew([held.hold for held in of_a_store])
     except StoreUnavailable as error:
-        log.warning("lease.not_renewed records=%d: %s", len(of_a_store), error)
+        events.LEASE_NOT_RENEWED.tell(count=len(of_a_store), error=error)
         return
-    except Exception:  # (an edge: without this thread what is running would run twice)
-        log.exception("lease.not_renewed records=%d", len(of_a_store))
+    except Exception as error:  # noqa: BLE001  (an edge: without this thread what is running would run twice)
+        events.LEASE_NOT_RENEWED.tell(count=len(of_a_store), error=error, exc_info=True)
         return
     for held, is_there in zip(of_a_store, are_there, strict=True):
         # What is not held any more has ended meanwhile.
         if not is_there and here.held.pop(held, ""):
-            log.warning("lease.lost %s: somebody else has it now, or it was released", held.hold.key)
+            events.LEASE_LOST.tell(record=held.hold.key)

@@ -4,7 +4,6 @@ Sending a dead letter again: whether it may, with which arguments, and what beco
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from celery.utils.time import rate as per_second
 from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.json import dumps
 
+from celerykit import events
 from celerykit.dead_letters import Letter, Outgoing, payload_of, repaired, replay_mark, rewritten
 from celerykit.errors import InvalidPayload, Problem, StoreUnavailable
 from celerykit.headers import Headers
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from celerykit.app import CeleryKit
 
 __all__ = ["Change", "Refusal", "Replay", "Report", "edited"]
-
-log = logging.getLogger("celerykit.dead_letters")
 
 #: Refusals beyond this are counted, not kept.
 _KEPT_REFUSALS = 100
@@ -314,7 +312,7 @@ class _FormerResult:
         return stored if stored and _is_failure(backend.decode_result(stored)) else None
 
     def _tell(self, error: Exception) -> None:
-        log.warning("dead_letter.result_kept id=%s: %r", self._task_id, error)
+        events.DEAD_LETTER_RESULT_KEPT.tell(id=self._task_id, error=error)
 
 
 def _is_failure(meta: Any) -> bool:

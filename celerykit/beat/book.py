@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import NamedTuple
 
-from celerykit.beat import events
+from celerykit import events
 from celerykit.beat.ticks import State
 from celerykit.stores import New, Record, Store, Swap
 
@@ -130,7 +130,7 @@ class Book:
             if entry in self._known:
                 self._learn(entry, swapped.found)
             if swapped.found is not None:
-                events.doubtful(entry=entry, id=sent_id)
+                events.BEAT_DOUBTFUL.tell(entry=entry, id=sent_id)
         self._unnoted = {}
 
     def put_down(self) -> None:

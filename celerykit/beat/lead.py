@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Self
 
-from celerykit.beat import events
+from celerykit import events
 from celerykit.stores import Hold, New, Record, Store, Swap
 
 __all__ = ["Lead", "Leader", "leader_key"]
@@ -137,7 +137,7 @@ class Lead:
         if away >= self._lease / _RENEWALS:
             [self._leads] = self._store.renew([Hold(self._key, self._id, lease=self._lease, ttl=_REMEMBERED)])
             if not self._leads:
-                events.lost(after=away, lease=self._lease)
+                events.BEAT_LOST.tell(after=round(away, 1), lease=self._lease)
                 return
             self._renewed_at = asked
         self.pause = self._lease / _RENEWALS - (asked - self._renewed_at)
@@ -166,9 +166,12 @@ class Lead:
             return
         self._followed = found.version
         leader = Leader.load(found.data) or Leader("unknown", self._now())
-        events.stands_by(leader=leader.node, since=leader.since)
+        events.BEAT_STANDS_BY.tell(leader=leader.node, since=leader.since.isoformat(timespec="seconds"))
         if leader.schedule != self.me.schedule:
-            events.unlike(leader=leader.node)
+            events.BEAT_UNLIKE.tell(
+                leader=leader.node,
+                hint="If it is no older version of this app, give the app another name.",
+            )
 
 
 def _has_lapsed(record: Record) -> bool:

@@ -17,8 +17,7 @@ from uuid import uuid4
 import celery.beat
 from celery.utils.time import maybe_make_aware
 
-from celerykit import schedules
-from celerykit.beat import events
+from celerykit import events, schedules
 from celerykit.beat.book import Book
 from celerykit.beat.lead import Lead, Leader, leader_key
 from celerykit.beat.signals import uninterrupted
@@ -60,7 +59,7 @@ class Scheduler(celery.beat.Scheduler):
         if store.is_shared:
             return super().__new__(cls)
         if not kwargs.get("lazy"):
-            events.not_shared()
+            events.BEAT_NOT_SHARED.tell(hint="Run one beat only, or set CELERYKIT_STORE_URL.")
         schedules.install(app)
         return celery.beat.PersistentScheduler(app, *args, **kwargs)
 
@@ -118,7 +117,7 @@ class Scheduler(celery.beat.Scheduler):
             self._book.put_down()
             self._lead.give_up()
         except StoreUnavailable as error:
-            events.store_unavailable(error)
+            events.BEAT_STORE_UNAVAILABLE.tell(error=error)
         finally:
             super().close()
 
@@ -146,7 +145,7 @@ class Scheduler(celery.beat.Scheduler):
         if is_same and self._opened == self._lead.term:
             return
         if self._opened != self._lead.term:
-            events.leads(entries=len(self.schedule))
+            events.BEAT_LEADS.tell(count=len(self.schedule))
         self._seen = copy.copy(self.schedule)
         self._book.open(self.schedule, now=self.app.now())
         self._opened = self._lead.term
@@ -173,7 +172,7 @@ class Scheduler(celery.beat.Scheduler):
             return False
         then = schedules.missed_of(entry.schedule)
         if entry.name not in self._refused or then == "skip":
-            events.missed(entry=entry.name, due=due, late=late, then=then)
+            events.BEAT_MISSED.tell(entry=entry.name, due=due.isoformat(), late=round(late, 1), then=then)
         return then == "skip"
 
     def _claim(self, entry: Any, *, due: datetime, at: datetime) -> None:
@@ -202,7 +201,7 @@ class Scheduler(celery.beat.Scheduler):
             self._book.sent(entry.name)
         elif isinstance(error, _PASSING):
             self._refused[entry.name] = self._refused.get(entry.name, 0) + 1
-            events.not_sent(entry=entry.name, id=tick.id, error=error, again_in=self._pause_of(entry.name))
+            events.BEAT_NOT_SENT.tell(entry=entry.name, id=tick.id, delay=self._pause_of(entry.name), error=error)
         else:
             self._book.skip(entry.name, at=tick.at)
 
@@ -254,12 +253,12 @@ class Scheduler(celery.beat.Scheduler):
     def _wait_for_store(self, error: StoreUnavailable) -> float:
         if self._without_store_since is None:
             self._without_store_since = self._clock()
-            events.store_unavailable(error)
+            events.BEAT_STORE_UNAVAILABLE.tell(error=error)
         return min(_STORE_PAUSE, self._lease)
 
     def _found_store(self) -> None:
         if self._without_store_since is not None:
-            events.found_store(after=self._clock() - self._without_store_since)
+            events.BEAT_FOUND_STORE.tell(after=round(self._clock() - self._without_store_since, 1))
             self._without_store_since = None
 
 

@@ -8,7 +8,6 @@ says what, and it is decided anew.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +16,24 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, TypeVar
 from uuid import uuid4
 
+from celerykit import events
 from celerykit.errors import InvalidOptions, StoreUnavailable
 from celerykit.idempotency.claim import Answer, Claim, Event, State, Turn, after, on_start, version
 from celerykit.idempotency.keys import Identity, Keys, key_by_id
 from celerykit.idempotency.policy import Once
-from celerykit.idempotency.records import MOST_ROUNDS, SENT_ANEW_AFTER, changes_too_fast, claim_in, is_lapsed, record_of
+from celerykit.idempotency.records import (
+    MOST_ROUNDS,
+    SENT_ANEW_AFTER,
+    changes_too_fast,
+    claim_in,
+    is_lapsed,
+    key_in,
+    record_of,
+)
 from celerykit.idempotency.sending import Asked, Sending, send_all
 from celerykit.stores import Hold, New, Store, Swap
 
 __all__ = ["Claims", "Ended", "Run", "Starting"]
-
-log = logging.getLogger(__name__)
 
 #: What follows when the run that has the key is gone.
 _AFTER_A_RUN = (Answer.GO, Answer.BURY)
@@ -162,7 +168,7 @@ class Claims:
         try:
             self.store().swap(Swap(record_of(identity.key), expected, None))
         except StoreUnavailable as error:
-            log.warning("claim.not_taken_back key=%s id=%s: %s", identity.key, call_id, error)
+            events.CLAIM_NOT_TAKEN_BACK.tell(key=identity.key, id=call_id, error=error)
 
     # A worker's
 
@@ -345,8 +351,8 @@ class Claims:
         claim = claim_in(found.found)
         if new is None or claim is None or claim.version != new.version:
             # It ran past its lease, or was released by hand. What it did is done; nobody else's claim is touched.
-            now = claim and f"{claim.state.value} by {claim.id}"
-            log.warning("claim.lost key=%s id=%s: it is %s now", run.key, run.claim.id, now or "free")
+            now = claim.state.value if claim is not None else "free"
+            events.CLAIM_LOST.tell(key=key_in(run.key), id=run.claim.id, now=now, first=claim and claim.id)
         return claim
 
     def _patiently(self, ask: Callable[[], T], run: Run) -> T | None:
@@ -355,12 +361,12 @@ class Claims:
                 return ask()
             except StoreUnavailable as error:
                 if pause is None:
-                    log.error("claim.not_recorded key=%s id=%s: %s", run.key, run.claim.id, error)
+                    events.CLAIM_NOT_RECORDED.tell(key=key_in(run.key), id=run.claim.id, error=error)
                     return None
                 time.sleep(pause)
             except Exception as error:  # noqa: BLE001  (an edge: the run has ended as it has, whatever a store raises)
                 # Without its text, which may quote the result.
-                log.error("claim.not_recorded key=%s id=%s: %s", run.key, run.claim.id, type(error).__name__)
+                events.CLAIM_NOT_RECORDED.tell(key=key_in(run.key), id=run.claim.id, error=type(error).__name__)
                 return None
         return None
 
@@ -368,7 +374,7 @@ class Claims:
         try:
             return self.encode(result)
         except Exception as error:  # noqa: BLE001  (encoders raise what they like, and the effect is there)
-            log.error("claim.result_not_kept key=%s id=%s: %s", run.key, run.claim.id, type(error).__name__)
+            events.CLAIM_RESULT_NOT_KEPT.tell(key=key_in(run.key), id=run.claim.id, error=type(error).__name__)
             return ""
 
     def result_of(self, claim: Claim) -> Any:
@@ -382,7 +388,7 @@ class Claims:
         try:
             self.store().renew([Hold(key, of_version, 0.0, self._runs_for)])
         except StoreUnavailable as error:
-            log.warning("claim.not_given_up key=%s: %s", key, error)
+            events.CLAIM_NOT_GIVEN_UP.tell(key=key_in(key), error=error)
 
 
 def _are_of_one_turn(one: Claim, other: Claim) -> bool:

@@ -4,20 +4,19 @@ The step around a task: who has the key runs, and all others get what came of it
 
 from __future__ import annotations
 
-import logging
 import time
 from contextvars import ContextVar
 from typing import Any, NamedTuple, NoReturn
 
+from celerykit import events
 from celerykit.call import Call, Later, Next, Outcome, Stopped
 from celerykit.errors import DuplicateCall, InvalidPayload, KeyConflict, StoreUnavailable, Undeliverable
 from celerykit.idempotency.claim import Answer, Claim, Turn
 from celerykit.idempotency.claims import Claims, Run
 from celerykit.idempotency.keys import Identity
+from celerykit.idempotency.records import key_in
 
 __all__ = ["Skipped", "Waiting", "once", "record_in"]
-
-log = logging.getLogger(__name__)
 
 #: Seconds until a call looks again whether the one it waits for has ended; at first, and at most.
 _FIRST_LOOK, _LAST_LOOK = 0.5, 5.0
@@ -96,7 +95,7 @@ def _identity(claims: Claims, call: Call) -> Identity | None:
 def _without(error: StoreUnavailable, call_next: Next, call: Call, identity: Identity) -> Any:
     """Do what the task says for a store that is away."""
     policy = call.policies.get("on_store_down", "retry")
-    log.warning("claim.unknown key=%s id=%s then=%s: %s", identity.key, call.id, policy, error)
+    events.CLAIM_UNKNOWN.tell(task=call.task, key=identity.key, id=call.id, then=policy, error=error)
     if policy == "run":
         return call_next(call)
     if policy == "fail":
@@ -128,9 +127,8 @@ def record_in(result: Any, *, on: Any) -> None:
     call, claims, run = current
     if not claims.remember(run, call.contract.dump_result(result), on=on):
         raise DuplicateCall(
-            f"{call.task}: another run has taken its key {run.key.removeprefix('once:')} meanwhile. "
-            "Its effect was rolled back.",
-            run.key.removeprefix("once:"),
+            f"{call.task}: another run has taken its key {key_in(run.key)} meanwhile. Its effect was rolled back.",
+            key_in(run.key),
             call.id,
         )
 
@@ -175,13 +173,17 @@ def _stopped(stopped: Stopped, claims: Claims, run: Run) -> None:
 
 def _told(answer: Answer, call: Call, claims: Claims, run: Run) -> Any:
     found = run.claim
-    log.info("claim.%s key=%s id=%s first=%s", answer.name.lower(), run.key, call.id, found.id)
+    if answer not in (Answer.JOIN, Answer.WAIT) or call.headers.joined != found.id:
+        # The look at this key before, which has put it off, told it.
+        events.TASK_DUPLICATE.tell(
+            task=call.task, id=call.id, then=answer.name.lower(), key=key_in(run.key), first=found.id
+        )
     if answer is Answer.SKIP and call.in_chord:
         # Its body waits for all members.
         answer = Answer.REUSE if found.is_over else Answer.JOIN
     if answer is Answer.REUSE:
         return claims.result_of(found)
-    return _end(answer, call, run.key.removeprefix("once:"), found)
+    return _end(answer, call, key_in(run.key), found)
 
 
 def _end(answer: Answer, call: Call, key: str, found: Claim) -> NoReturn:

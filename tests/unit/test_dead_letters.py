@@ -554,7 +554,7 @@ def test_what_is_too_old_or_too_much_is_evicted_and_told(
     assert shop.dead_letters.evict() == 2
 
     assert ids(shop) == ["3", "4"]
-    assert [record.dead_letter["id"] for record in caplog.records if "evicted" in record.message] == ["1", "2"]
+    assert [record.data["id"] for record in caplog.records if "evicted" in record.message] == ["1", "2"]
     assert shop.dead_letters.evict() == 0
 
 

@@ -257,7 +257,7 @@ def test_a_claim_that_cannot_be_taken_back_frees_itself(
         away.setattr(store, "swap", is_away)
         claims.take_back(KEY, "first")
 
-    assert f"claim.not_taken_back key={KEY.key} id=first: away" in caplog.text
+    assert f"claim.not_taken_back key={KEY.key} id=first error='StoreUnavailable: away'" in caplog.text
     clock.now = ON_ITS_WAY
     assert send(claims, "second").answer is Answer.SEND_AGAIN
 

@@ -578,7 +578,7 @@ def test_a_run_that_has_lost_its_key_tells_so_and_leaves_it_alone(
     claim = claim_in(store)
     assert claim is not None
     assert (claim.id, claims.result_of(claim)) == ("third", "paid by the other")
-    assert f"claim.lost key={record_of(IDENTITY.key)} id=second: it is done by third now" in caplog.text
+    assert f"claim.lost key={IDENTITY.key} id=second now=done first=third" in caplog.text
 
 
 # The store is away
@@ -602,7 +602,7 @@ def test_or_runs_without_a_key_if_the_task_says_so(
     assert once(lambda call: "ran", call_of(claims, on_store_down="run")) == "ran"
 
     assert state_in(store) == "free"
-    assert f"claim.unknown key={IDENTITY.key} id=second then=run: the store is away" in caplog.text
+    assert f"key={IDENTITY.key} id=second then=run error='StoreUnavailable: the store is away'" in caplog.text
 
 
 def test_or_fails_if_the_task_says_so(claims: Claims, store: Faltering) -> None:
@@ -646,7 +646,7 @@ def test_but_not_for_ever_and_the_outcome_stays_what_it_was(
 
     assert state_in(store) == "running"
     assert sum(slept) < 5
-    assert f"claim.not_recorded key={record_of(IDENTITY.key)} id=second: the store is away" in caplog.text
+    assert f"claim.not_recorded key={IDENTITY.key} id=second error='StoreUnavailable: the store is away'" in caplog.text
 
 
 def ended(claims: Claims, store: Faltering, end: BaseException | None, *, away: int, **facts: Any) -> Any:

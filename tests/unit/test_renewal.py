@@ -112,7 +112,7 @@ def test_what_was_lost_is_told_once(renewal: Renewal, store: Watched, caplog: py
         renewal.renew()
 
     assert store.asked == [["mine", "yours"], ["yours"]]
-    assert caplog.text.count("lease.lost mine: somebody else has it now, or it was released") == 1
+    assert caplog.text.count("lease.lost record=mine") == 1
 
 
 def test_a_run_that_ends_while_its_renewal_is_on_its_way_was_not_lost(
@@ -195,7 +195,7 @@ def test_a_store_that_is_away_is_asked_again(
         renewal.renew()
 
         assert lease(store, "k") == LEASE
-    assert "lease.not_renewed records=1: away" in caplog.text
+    assert "lease.not_renewed count=1 error='StoreUnavailable: away'" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -212,7 +212,7 @@ def test_what_one_cannot_renew_does_not_keep_the_others_from_it(
     renewal.renew()
 
     assert renewed == ["a", "b", "b"]
-    assert caplog.text.count("lease.not_renewed bad: list index out of range") == 2
+    assert caplog.text.count("lease.not_renewed slot=bad error='IndexError: list index out of range'") == 2
 
 
 # Its thread
