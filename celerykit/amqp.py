@@ -25,10 +25,10 @@ from kombu.transport.native_delayed_delivery import (
     declare_native_delayed_delivery_exchanges_and_queues,
 )
 
-from celerykit import connections, deadline
+from celerykit import connections, deadline, events
 from celerykit.errors import InvalidSettings
-from celerykit.headers import HEADER
-from celerykit.publishing import explain_precondition, sending
+from celerykit.headers import HEADER, Headers
+from celerykit.publishing import explain_precondition, is_told_of, sending
 from celerykit.settings import FROM_KIT
 
 if TYPE_CHECKING:
@@ -200,7 +200,15 @@ class AMQP(celery.app.amqp.AMQP):
     def send_task_message(self) -> Any:
         """Celery's last step of sending: the message is made, and its queue known."""
         send = super().send_task_message
-        return partial(self._send, send)
+        return partial(self._send_and_tell, partial(self._send, send))
+
+    def _send_and_tell(self, send: Any, producer: Any, name: str, message: Any, **options: Any) -> Any:
+        queue = options.get(_QUEUE)
+        sent = send(producer, name, message, **options)
+        # Most senders log nothing of this level.
+        if events.TASK_SENT.is_wanted and not is_told_of():
+            _tell_sent(name, message.headers, queue.name if queue is not None else options.get("routing_key"))
+        return sent
 
     def _send(self, send: Any, producer: Any, name: str, message: Any, **options: Any) -> Any:
         queue, due = options.pop(_QUEUE, None), options.pop(_DUE, None)
@@ -258,6 +266,23 @@ class AMQP(celery.app.amqp.AMQP):
                 queue(connection.default_channel).declare()
                 bind_queue_to_native_delayed_delivery_exchange(connection, queue)
         self._within_reach.add(name)
+
+
+def _tell_sent(name: str, headers: Mapping[str, Any], queue: str | None) -> None:
+    ours = Headers.of(headers)
+    if headers.get("retries") or ours.waits:
+        # Celery's record, of the run that sends it, says when the next one is.
+        return
+    events.TASK_SENT.tell(
+        task=name,
+        id=headers.get("id"),
+        root_id=headers.get("root_id"),
+        parent_id=headers.get("parent_id"),
+        attempt=ours.attempt,
+        queue=queue,
+        key=ours.key,
+        eta=headers.get("eta"),
+    )
 
 
 def _addressed(headers: Mapping[str, Any], queue: str) -> Mapping[str, Any]:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from celery.utils import uuid
 
-from celerykit import claiming
+from celerykit import claiming, events
 from celerykit.canvas import Signature
 from celerykit.deadline import leaving
 from celerykit.errors import InvalidOptions, InvalidPayload
-from celerykit.publishing import FAILURES, UnreachableBroker, sending
+from celerykit.publishing import FAILURES, UnreachableBroker, sending, telling_of
 
 if TYPE_CHECKING:
     from celerykit.app import CeleryKit
@@ -183,11 +183,26 @@ class _How:
 
 
 def _publish(app: CeleryKit, producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
-    if producer.supports_batch_publish:
-        _publish_together(app, producer, batch, progress, how)
+    before = len(progress.sent)
+    try:
+        with telling_of():
+            if producer.supports_batch_publish:
+                _publish_together(app, producer, batch, progress, how)
+                return
+            for call in batch:
+                _publish_one(producer, call, progress, how)
+    finally:
+        _tell_sent(batch, progress.sent[before:])
+
+
+def _tell_sent(batch: Sequence[Unsent], results: Sequence[Result[Any]]) -> None:
+    if not events.TASK_SENT_MANY.is_wanted:
         return
-    for call in batch:
-        _publish_one(producer, call, progress, how)
+    ids: dict[str, list[str]] = {}
+    for call, result in zip(batch, results, strict=False):  # more than were sent
+        ids.setdefault(str(call.task.name), []).append(result.id)
+    for task, of_task in ids.items():
+        events.TASK_SENT_MANY.tell(task=task, count=len(of_task), first=of_task[0])
 
 
 def _publish_one(producer: Any, call: Unsent, progress: _Progress, how: _How) -> None:

@@ -110,6 +110,7 @@ _DEBUG, _INFO, _WARNING, _ERROR = logging.DEBUG, logging.INFO, logging.WARNING, 
 # A call, from its sender to its end
 
 TASK_SENT = Event("task.sent", _INFO, "A call was handed to its broker.")
+TASK_SENT_MANY = Event("task.sent_many", _INFO, "A batch of a task's calls was handed to its broker.")
 TASK_RECEIVED = Event("task.received", _INFO, "A worker has got a call, and holds it. Celery's record.")
 TASK_STARTED = Event("task.started", _INFO, "A call begins to run.")
 TASK_SUCCEEDED = Event("task.succeeded", _INFO, "A call has run, and its result is stored. Celery's record.")
@@ -124,10 +125,14 @@ TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed 
 TASK_REVOKED = Event("task.revoked", _WARNING, "A call was revoked, or had expired, and does not run.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
 TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
+TASK_REPLAYED = Event("task.replayed", _INFO, "A dead letter was sent again, as a call.")
 
-# Many calls at once
+# What calls take along
 
-TASK_SENT_MANY = Event("task.sent_many", _INFO, "A batch of calls was handed to its broker.")
+CONTEXT_TOO_LARGE = Event(
+    "context.too_large", _WARNING, "A field of the context was left out: it is too large."
+)
+CONTEXT_NOT_JSON = Event("context.not_json", _WARNING, "A field of the context was left out: JSON cannot hold it.")
 
 # Keys of calls
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,9 @@ __all__ = [
     "check_body",
     "check_delay",
     "explain_precondition",
+    "is_told_of",
     "sending",
+    "telling_of",
     "transport_options",
 ]
 
@@ -66,6 +69,24 @@ class UnreachableBroker(EnqueueError, kombu.exceptions.OperationalError):
         super().__init__(message)
         self.may_have_been_sent = may_have_been_sent
         self.reason = reason
+
+
+_is_told_of: ContextVar[bool] = ContextVar("celerykit_is_told_of", default=False)
+
+
+@contextmanager
+def telling_of() -> Iterator[None]:
+    """Let nothing be told of the single messages that are sent in the block: who sends them tells of them."""
+    token = _is_told_of.set(True)
+    try:
+        yield
+    finally:
+        _is_told_of.reset(token)
+
+
+def is_told_of() -> bool:
+    """Tell whether somebody else tells of a message that is sent now."""
+    return _is_told_of.get()
 
 
 @contextmanager

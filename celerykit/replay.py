@@ -145,6 +145,7 @@ class Replay:
         was_sent = queue.send(held, message)
         if was_sent:
             former.forget()
+            _tell_replayed(letter, message)
         return was_sent
 
     def _has_started(self, message: Outgoing) -> bool:
@@ -153,6 +154,18 @@ class Replay:
         with suppress(StoreUnavailable):
             return mark is not None and self._app.store.get(mark.key) is not None
         return False
+
+
+def _tell_replayed(letter: Letter, message: Outgoing) -> None:
+    header, note = Headers.of(message.headers), letter.note
+    events.TASK_REPLAYED.tell(
+        task=note.task,
+        id=message.headers.get("id", note.id),
+        root_id=message.headers.get("root_id"),
+        queue=message.queue,
+        key=header.key,
+        letter=letter.id,
+    )
 
 
 class _Pace:

@@ -21,6 +21,7 @@ from celerykit import events, letters
 from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, identify, letter_id
 from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
+from celerykit.publishing import telling_of
 from celerykit.worker.ending import Ending, ending_of
 from celerykit.worker.returns import Returns, undelayed
 from celerykit.worker.starts import Starts, buried_key, letter_of
@@ -270,7 +271,8 @@ class Undertaker:
         # It is there: the member's letter was put in it.
         queue = kombu.Queue(name, kombu.Exchange(""), routing_key=name, no_declare=True)
         # With a parent, it is not refused for what it lacks.
-        body.apply_async(queue=queue, headers={HEADER: note.to_header()}, parent_id=note.id, delivery_mode=2)
+        with telling_of():
+            body.apply_async(queue=queue, headers={HEADER: note.to_header()}, parent_id=note.id, delivery_mode=2)
 
     def _queue_for(self, body: Any) -> str | None:
         route = cast("Any", self._app.amqp).router.route(dict(body.options), body.task)
