@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from celerykit.cli import NEED_APP, LazyGroup
+from celerykit.cli.commands import NEED_APP, LazyGroup
 
 __all__ = ["kit"]
 

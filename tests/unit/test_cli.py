@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from celerykit.cli import LazyGroup, celerykit
+from celerykit.cli.commands import LazyGroup, celerykit
 from celerykit.cli.plugin import kit
 
 _HEAVY = {"pydantic", "pydantic_settings", "celery", "kombu", "redis", "structlog", "jinja2"}
@@ -30,7 +30,7 @@ def celery(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_imports_nothing_heavy():
-    code = "from celerykit.cli import celerykit; celerykit(['--help'], standalone_mode=False)"
+    code = "from celerykit.cli.commands import celerykit; celerykit(['--help'], standalone_mode=False)"
 
     assert not imported_by(code) & _HEAVY
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from click.testing import CliRunner, Result
 
-from celerykit.cli import celerykit
+from celerykit.cli.commands import celerykit
 from celerykit.cli.dead import dead
 from celerykit.cli.plugin import kit
 from celerykit.dead_letters import Letter, Note, letter_id, payload_of

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from celerykit import Key, Once
-from celerykit.cli import celerykit
+from celerykit.cli.commands import celerykit
 from celerykit.cli.keys import keys
 from celerykit.errors import StoreUnavailable
 from celerykit.idempotency.claim import Turn
