@@ -17,7 +17,7 @@ from typing import Any
 
 from celerykit.masks import mask_text
 
-__all__ = ["EVENTS", "Event", "Said", "describe", "observe"]
+__all__ = ["EVENTS", "FACTS", "Event", "Said", "describe", "observe"]
 
 #: What is told of each event, whatever the level of logs is: counters.
 _observers: list[Callable[[Event, Mapping[str, Any]], None]] = []
@@ -122,16 +122,15 @@ TASK_FAILED = Event("task.failed", _ERROR, "A call has failed for good. Celery's
 TASK_INVALID = Event("task.invalid", _ERROR, "A call's arguments do not fit its contract, and it did not run.")
 TASK_IGNORED = Event("task.ignored", _INFO, "A call has ended without a result, by its own word.")
 TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed back, by its own word.")
-TASK_REVOKED = Event("task.revoked", _WARNING, "A call was revoked, or had expired, and does not run.")
+TASK_REVOKED = Event("task.revoked", _INFO, "A call was revoked, or had expired, and does not run. Celery's record.")
+TASK_OVER_TIME = Event("task.over_time", _WARNING, "A call runs longer than its soft or hard limit. Celery's record.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
 TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
 TASK_REPLAYED = Event("task.replayed", _INFO, "A dead letter was sent again, as a call.")
 
 # What calls take along
 
-CONTEXT_TOO_LARGE = Event(
-    "context.too_large", _WARNING, "A field of the context was left out: it is too large."
-)
+CONTEXT_TOO_LARGE = Event("context.too_large", _WARNING, "A field of the context was left out: it is too large.")
 CONTEXT_NOT_JSON = Event("context.not_json", _WARNING, "A field of the context was left out: JSON cannot hold it.")
 
 # Keys of calls
@@ -180,10 +179,16 @@ DEAD_LETTER_RESULT_KEPT = Event("dead_letter.result_kept", _WARNING, "A replayed
 
 # Processes
 
+WORKER_STARTING = Event("worker.starting", _INFO, "A worker begins, and what it has been told. Instead of a banner.")
+WORKER_READY = Event("worker.ready", _INFO, "A worker takes calls from now on. Celery's record.")
+WORKER_STOPPING = Event("worker.stopping", _INFO, "A worker was asked to end; `how` is warm or cold.")
 WORKER_OUT_OF_TIME = Event("worker.out_of_time", _WARNING, "What still runs goes back to its queue: time is up.")
 WORKER_SOFT_SHUTDOWN = Event("worker.soft_shutdown", _WARNING, "A worker ends. What runs has `delay` to end, too.")
 WORKER_NOT_ALL_GIVEN_BACK = Event("worker.not_all_given_back", _ERROR, "A worker ended on an error of its own.")
 
+BEAT_STARTING = Event("beat.starting", _INFO, "Beat begins, and what it has been told. Instead of a banner.")
+BEAT_SENT = Event("beat.sent", _INFO, "What was due is sent. Celery's record.")
+BEAT_STOPPING = Event("beat.stopping", _INFO, "Beat ends. Celery's record.")
 BEAT_LEADS = Event("beat.leads", _INFO, "This beat sends from now on.")
 BEAT_STANDS_BY = Event("beat.stands_by", _INFO, "Another beat sends.")
 BEAT_UNLIKE = Event("beat.unlike", _WARNING, "The leader has other entries, or other schedules, and its own count.")
@@ -194,3 +199,56 @@ BEAT_DOUBTFUL = Event("beat.doubtful", _WARNING, "A tick was sent, and may have 
 BEAT_STORE_UNAVAILABLE = Event("beat.store_unavailable", _WARNING, "Nothing is sent until the store is back.")
 BEAT_FOUND_STORE = Event("beat.found_store", _INFO, "The store is back, and the schedule goes on.")
 BEAT_NOT_SHARED = Event("beat.not_shared", _WARNING, "There is no store that beats share: this is Celery's scheduler.")
+
+BROKER_CONNECTED = Event("broker.connected", _INFO, "A worker has a connection. Celery's record.")
+BROKER_LOST = Event("broker.lost", _WARNING, "A worker's connection is gone; it makes another. Celery's record.")
+BROKER_UNREACHABLE = Event("broker.unreachable", _ERROR, "A worker cannot connect, and tries again. Celery's record.")
+
+# What would go past the log
+
+PROCESS_PRINTED = Event("process.printed", _WARNING, "A line that somebody printed, to either stream.")
+PROCESS_THREAD_FAILED = Event("process.thread_failed", _ERROR, "An exception that nobody caught has ended a thread.")
+PROCESS_CRASHED = Event("process.crashed", logging.CRITICAL, "An exception that nobody caught has ended a process.")
+PYTHON_WARNING = Event("python.warning", _WARNING, "A warning of Python's `warnings`.")
+LOG_DROPPED = Event("log.dropped", _WARNING, "Lines that were not written: nobody read what was, and no room was left.")
+LOG_UNREADABLE = Event("log.unreadable", _ERROR, "A record that cannot be written; `logger` has told it.")
+
+# Facts
+
+#: By name. An event has those it can know, and no other.
+FACTS: dict[str, str] = {
+    "task": "The task's name.",
+    "id": "The call's id. A retry has that of its call.",
+    "root_id": "The id of the call with which it all began.",
+    "parent_id": "The id of the call that sent this one.",
+    "correlation_id": "What a request, and all calls that come of it, have in common: see [Context](context.md).",
+    "attempt": "Which attempt, from 1. To wait for a limit, a key or a snooze costs none.",
+    "queue": "Where the message was sent, or lies.",
+    "worker": "The worker's name.",
+    "key": "The call's key: see [Calls that run once](once.md).",
+    "wait_ms": "Milliseconds from when the call was sent, or due, until it began to run.",
+    "run_ms": "Milliseconds that it ran.",
+    "outcome": "What came of it.",
+    "error": "The error's type, and its message where that can hold no secret.",
+    "error_fingerprint": "Twelve digits that errors of one cause share, as in `celerykit dead top`.",
+    "reason": "Why, in one word if there is one: see [Dead letters](dead-letters.md).",
+    "hint": "What to do about it.",
+    "then": "What follows.",
+    "delay": "Seconds until what follows.",
+    "eta": "When a call is to run at the earliest.",
+    "first": "The id of the call that has the key; of many calls, the id of the first.",
+    "now": "Whose a key is by now: the state of its claim, or `free`.",
+    "count": "How many: calls of a batch, messages, records, entries of a schedule.",
+    "letter": "The id of the dead letter.",
+    "died_at": "When it died.",
+    "slot": "The name of a limit's slot.",
+    "record": "The name of a record in the store.",
+    "exchange": "Where the broker took it from.",
+    "after": "Seconds that have passed.",
+    "lease": "Seconds that a lease lasts.",
+    "entry": "The name of an entry of the schedule.",
+    "due": "When it was to be sent.",
+    "late": "By how many seconds it is late.",
+    "leader": "The beat that sends.",
+    "since": "Since when it does.",
+}
