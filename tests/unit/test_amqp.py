@@ -4,13 +4,17 @@ What `app.amqp` makes of a call: where it goes, and what the message says of tha
 
 from __future__ import annotations
 
+import logging
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import kombu
 import kombu.pools
 import pytest
 
+from celerykit import Once
 from celerykit.amqp import DELIVERY_LIMIT, Queues
+from celerykit.bulk import PartlySent
 from celerykit.headers import HEADER, Headers
 
 
@@ -131,3 +135,89 @@ def test_the_stock_profile_has_stock_connections(make_app: Any) -> None:
     assert type(app.connection_for_write()) is kombu.Connection
     assert type(app.producer_pool) is kombu.pools.ProducerPool
     assert app.amqp.Producer is kombu.Producer
+
+
+# What is told of it
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture) -> Any:
+    """Give the names and facts of what was told of sent calls."""
+    caplog.set_level(logging.INFO, "celerykit.task")
+    return lambda: [
+        (record.msg.event.name, record.data) for record in caplog.records if record.name == "celerykit.task"
+    ]
+
+
+def test_a_call_that_is_sent_is_told(app: Any, told: Any) -> None:
+    @app.task(name="pay", once=Once(key=lambda order: order), shared=False)
+    def pay(order: str) -> None: ...
+
+    due = datetime.now(UTC) + timedelta(hours=1)
+    first = pay.apply_async(("o1",), eta=due, root_id="the-root", parent_id="a-parent")
+    app.send_task("foreign", queue="aside", task_id="an-id")
+
+    [(_, of_ours), (_, of_another)] = told()
+    assert of_ours.pop("key")
+    assert of_ours == {
+        "task": "pay",
+        "id": first.id,
+        "root_id": "the-root",
+        "parent_id": "a-parent",
+        "correlation_id": "the-root",
+        "attempt": 1,
+        "queue": "celery",
+        "eta": due.isoformat(),
+    }
+    assert (of_another["task"], of_another["id"], of_another["queue"]) == ("foreign", "an-id", "aside")
+
+
+def test_a_retry_and_a_wait_are_not_told_as_sent(app: Any, told: Any) -> None:
+    app.send_task("ping", retries=1)
+    app.send_task("ping", headers=Headers(waits=1).added_to({}))
+
+    assert told() == []
+
+
+def test_what_was_not_sent_is_not_told(app: Any, told: Any) -> None:
+    class Producer(app.amqp.Producer):  # type: ignore[misc, name-defined]
+        def publish(self, body: Any, **options: Any) -> None:
+            raise kombu.exceptions.OperationalError("gone")
+
+    with app.connection_for_write() as connection, pytest.raises(kombu.exceptions.OperationalError):
+        app.send_task("foreign", producer=Producer(connection))
+
+    assert told() == []
+
+
+def test_many_calls_are_told_as_one_for_each_task(app: Any, ping: Any, told: Any) -> None:
+    @app.task(name="pong", shared=False)
+    def pong() -> None: ...
+
+    results = app.enqueue_many([ping.s(1), pong.s(), ping.s(2)])
+
+    assert told() == [
+        ("task.sent_many", {"task": "ping", "count": 2, "first": results[0].id}),
+        ("task.sent_many", {"task": "pong", "count": 1, "first": results[1].id}),
+    ]
+
+
+def test_of_many_calls_those_that_were_sent_are_told(
+    app: Any, ping: Any, told: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = app.amqp.Producer.publish
+
+    def fail_at_the_third(self: Any, body: Any, **options: Any) -> Any:
+        if list(body[0]) == [3]:
+            raise kombu.exceptions.OperationalError("gone")
+        return publish(self, body, **options)
+
+    monkeypatch.setattr(app.amqp.Producer, "publish", fail_at_the_third)
+
+    with pytest.raises(PartlySent):
+        ping.enqueue_many([(1,), (2,), (3,), (4,)])
+
+    [(_, facts)] = told()
+    assert facts["count"] == 2
+    ping.delay()
+    assert told()[1][0] == "task.sent"
