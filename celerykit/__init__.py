@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from celerykit.call import Call, Next, Outcome, Step
     from celerykit.canvas import Signature
     from celerykit.claiming import remember
+    from celerykit.context import Context
     from celerykit.errors import (
         CelerykitError,
         DuplicateCall,
@@ -47,6 +48,7 @@ _HOMES = {
     "CeleryKit": "app",
     "CelerykitError": "errors",
     "Concurrent": "limits",
+    "Context": "context",
     "Dead": "retry",
     "Drop": "retry",
     "DuplicateCall": "errors",
@@ -87,6 +89,7 @@ __all__ = [
     "CeleryKit",
     "CelerykitError",
     "Concurrent",
+    "Context",
     "Dead",
     "Drop",
     "DuplicateCall",

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.saferepr import saferepr
 from celery.utils.serialization import get_pickleable_exception
-from celery.utils.time import maybe_iso8601
 
+from celerykit import running
 from celerykit.call import Later
 from celerykit.dead_letters import error_fingerprint
 from celerykit.errors import DuplicateCall
@@ -22,7 +23,17 @@ from celerykit.idempotency import Waiting
 from celerykit.publishing import FAILURES
 from celerykit.retry import DROPPED
 
-__all__ = ["ENTERED", "TOKEN", "descriptions", "headers_of_next", "not_sent", "raise_dropped", "send"]
+__all__ = [
+    "ENTERED",
+    "TOKEN",
+    "descriptions",
+    "headers_of_next",
+    "not_sent",
+    "note_again",
+    "note_failed",
+    "raise_dropped",
+    "send",
+]
 
 #: A mark on the request of a running task: when it began, in seconds since 1970.
 ENTERED = "celerykit_entered"
@@ -72,7 +83,20 @@ def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
     if isinstance(later, Waiting) and later.joined in (None, request.id):
         # Its state is another run's to tell.
         raise Ignore
+    note_again(signature.options["headers"], kind=later.kind, delay=later.delay)
     raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=signature) from None
+
+
+def note_again(headers_of_next: Mapping[str, Any], *, kind: str, delay: float) -> None:
+    """Add to Celery's record of a retry what it does not know."""
+    following = Headers.of(headers_of_next)
+    error = following.ledger[-1].error if following.ledger and kind == "retry" else ""
+    running.note(kind=kind, delay=round(delay, 3), next_attempt=following.attempt, error_fingerprint=error or None)
+
+
+def note_failed(error: BaseException) -> None:
+    """Add to Celery's record of a failure what it does not know."""
+    running.note(error_fingerprint=_fingerprint(error))
 
 
 def not_sent(error: Any) -> Exception:
@@ -112,22 +136,12 @@ def _row(request: Any, header: Headers, outcome: str, error: BaseException | Non
     started, now = getattr(request, ENTERED), time.time()
     return Attempt(
         started=started,
-        waited=max(0.0, started - _ready_at(request, header, started)),
+        waited=max(0.0, started - (running.ready_at(request, header) or started)),
         ran=now - started,
         outcome=outcome,
         error="" if error is None or outcome == "snooze" else _fingerprint(error),
         worker=str(request.hostname or ""),
     )
-
-
-def _ready_at(request: Any, header: Headers, started: float) -> float:
-    """Tell since when the running attempt could have started."""
-    times = [header.sent_at or started, header.due_at or 0.0]
-    if header.ledger:
-        times.append(header.ledger[-1].started + header.ledger[-1].ran)
-    if request.eta:
-        times.append(cast("Any", maybe_iso8601(request.eta)).timestamp())
-    return max(times)
 
 
 def _fingerprint(error: BaseException) -> str:

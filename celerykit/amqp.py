@@ -25,9 +25,10 @@ from kombu.transport.native_delayed_delivery import (
     declare_native_delayed_delivery_exchanges_and_queues,
 )
 
-from celerykit import connections, deadline, events
+from celerykit import connections, deadline, events, running
 from celerykit.errors import InvalidSettings
-from celerykit.headers import HEADER, Headers
+from celerykit.headers import HEADER, VERSION, Headers
+from celerykit.looks import STOCK, Look
 from celerykit.publishing import explain_precondition, is_told_of, sending
 from celerykit.settings import FROM_KIT
 
@@ -196,6 +197,34 @@ class AMQP(celery.app.amqp.AMQP):
 
     # What to send
 
+    def as_task_v2(self, task_id: Any, name: Any, args: Any = None, kwargs: Any = None, *rest: Any, **more: Any) -> Any:
+        """Make a message, and describe its arguments without what is secret in them."""
+        if (args is None or isinstance(args, list | tuple)) and (kwargs is None or isinstance(kwargs, Mapping)):
+            look = self._look(name)
+            # Not only where they are not given: of an empty text, Celery makes one of its own in the worker.
+            if not more.get("argsrepr"):
+                more["argsrepr"] = look.positional(args or (), self.argsrepr_maxsize, self._deepest)
+            if not more.get("kwargsrepr"):
+                more["kwargsrepr"] = look.named(kwargs or {}, self.kwargsrepr_maxsize, self._deepest)
+        return super().as_task_v2(task_id, name, args, kwargs, *rest, **more)
+
+    def as_task_v1(self, task_id: Any, name: Any, args: Any = None, kwargs: Any = None, *rest: Any, **more: Any) -> Any:
+        """Make a message of Celery's first protocol; the event of its sending has no secrets."""
+        message = super().as_task_v1(task_id, name, args, kwargs, *rest, **more)
+        if message.sent_event:
+            shown = self._look(name).arguments(args or (), kwargs or {}, deepest=self._deepest)
+            message.sent_event.update(zip(("args", "kwargs"), shown, strict=True))
+        return message
+
+    def _look(self, name: str) -> Look:
+        # Not `tasks`, which would declare every task there is to send one that may live elsewhere.
+        task = cast("Any", self.app)._tasks.get(name)
+        return getattr(task, "look", None) or STOCK
+
+    @cached_property
+    def _deepest(self) -> int:
+        return int(cast("Any", self.app.conf).task_repr_maxlevels or 100)
+
     @cached_property
     def send_task_message(self) -> Any:
         """Celery's last step of sending: the message is made, and its queue known."""
@@ -216,6 +245,7 @@ class AMQP(celery.app.amqp.AMQP):
             message.headers["eta"] = due
         if queue is not None and (headers := options.get("headers")):
             options["headers"] = _addressed(headers, queue.name)
+        options["headers"] = _with_context(options.get("headers"), message.headers)
         if message.headers.get("expires") is not None:
             # RabbitMQ would drop the message when it has expired, and say nothing; a worker looks at the header.
             options.pop("expiration", None)
@@ -282,6 +312,7 @@ def _tell_sent(name: str, headers: Mapping[str, Any], queue: str | None) -> None
         queue=queue,
         key=ours.key,
         eta=headers.get("eta"),
+        correlation_id=(ours.context or {}).get("correlation_id") or headers.get("root_id"),
     )
 
 
@@ -290,6 +321,18 @@ def _addressed(headers: Mapping[str, Any], queue: str) -> Mapping[str, Any]:
     if not isinstance(ours, Mapping):
         return headers
     return {**headers, HEADER: {"sent_at": time(), **ours, "queue": queue}}
+
+
+def _with_context(headers: Mapping[str, Any] | None, stock: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    ours = (headers or {}).get(HEADER)
+    if isinstance(ours, Mapping) and "context" in ours:
+        # It came with the message that this one goes on from.
+        return headers
+    context = running.travelling(stock.get("root_id"))
+    if not context:
+        return headers
+    ours = ours if isinstance(ours, Mapping) else {"v": VERSION}
+    return {**(headers or {}), HEADER: {**ours, "context": context}}
 
 
 def _is_delayed(options: Mapping[str, Any]) -> bool:

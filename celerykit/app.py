@@ -33,11 +33,13 @@ from celery.loaders.app import AppLoader
 from celery.schedules import BaseSchedule
 from kombu.transport import TRANSPORT_ALIASES
 
-from celerykit import bulk, claiming, schedules
+from celerykit import bulk, claiming, running, schedules
 from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
 from celerykit.canvas import Signature
+from celerykit.context import Context
+from celerykit.context import check_class as check_context
 from celerykit.contract import Contract
 from celerykit.deadline import within
 from celerykit.errors import InvalidOptions
@@ -189,6 +191,9 @@ class CeleryKit(celery.Celery):
 
         retry:
             The policy of tasks that say nothing about retries themselves.
+
+        context:
+            The class of what calls take along.
     """
 
     task_cls = cast("Any", Task)
@@ -201,8 +206,11 @@ class CeleryKit(celery.Celery):
         *args: Any,
         steps: Sequence[Step] = (),
         retry: Retry | None = None,
+        context: type[Context] = Context,
         **kwargs: Any,
     ) -> None:
+        check_context(context)
+        self.context_class = context
         # `steps` is Celery's name for what is added to a worker.
         self.call_steps = tuple(steps)
         self.retry_policy = retry
@@ -211,13 +219,19 @@ class CeleryKit(celery.Celery):
         #: What is sent by itself, by name; in `beat_schedule` once the app is finalized.
         self.schedules: dict[str, schedules.Entry] = {}
         self._publishers: dict[int, ThreadPoolExecutor] = {}
+        running.connect()
         super().__init__(main, *args, **kwargs)
         if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
             # Celery gives Django's methods to the tasks of apps that have no task class of their own.
             self.task_cls = "celerykit.contrib.django:DjangoTask"
 
     def __reduce_keys__(self) -> dict[str, Any]:
-        return {**super().__reduce_keys__(), "steps": self.call_steps, "retry": self.retry_policy}
+        return {
+            **super().__reduce_keys__(),
+            "steps": self.call_steps,
+            "retry": self.retry_policy,
+            "context": self.context_class,
+        }
 
     # Settings
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 __all__ = ["HEADER", "VERSION", "Attempt", "Headers"]
@@ -118,6 +118,9 @@ class Headers:
 
         waits:
             How often this turn was sent once more, to wait.
+
+        context:
+            What the call takes along, as JSON values; see `celerykit.context`.
     """
 
     contract: str | None = None
@@ -133,6 +136,7 @@ class Headers:
     call: str | None = None
     joined: str | None = None
     waits: int = 0
+    context: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @classmethod
     def of(cls, message_headers: Mapping[str, Any] | None) -> Self:
@@ -155,6 +159,7 @@ class Headers:
             call=_text(ours.get("call")),
             joined=_text(ours.get("joined")),
             waits=_count(ours.get("waits"), least=0),
+            context=context if isinstance(context := ours.get("context"), Mapping) else None,
         )
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -182,7 +187,19 @@ class Headers:
         return facts
 
 
-_SAID_IF_ANY = ("queue", "sent_at", "due_at", "replay", "replayed_by", "turn", "key", "call", "joined", "waits")
+_SAID_IF_ANY = (
+    "queue",
+    "sent_at",
+    "due_at",
+    "replay",
+    "replayed_by",
+    "turn",
+    "key",
+    "call",
+    "joined",
+    "waits",
+    "context",
+)
 _FACTS = {*Headers.__dataclass_fields__, "v"}
 
 

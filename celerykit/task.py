@@ -31,6 +31,7 @@ from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, KeyC
 from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Identity, Once, Skipped, once
 from celerykit.limits import Limits, Rule, limited
+from celerykit.looks import STOCK, Look
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
@@ -505,6 +506,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 _name_callbacks(request)
             return result
         except Stopped as stopped:
+            if isinstance(stopped.by, StockRetry):
+                again.note_again(_headers_in(stopped.by), kind="retry", delay=stopped.delay)
             raise stopped.by from None
         except Skipped as skipped:
             self._revoke(request, skipped.why)
@@ -513,9 +516,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
         except Snooze as snooze:  # raised by a step of the user's, which stands outside of ours
             put_off = Later(snooze.delay, attempt=call.attempt, kind="snooze", error=snooze)
             again.send(self, request, call.headers, put_off)
-        except InvalidPayload:
+        except InvalidPayload as error:
             if not hasattr(request, _RAN):
                 self._hand_back_to_newer(call)
+            again.note_failed(error)
             raise
         except (SystemExit, KeyboardInterrupt, MemoryError) as interruption:  # of a step
             if _is_told_to_end(interruption):
@@ -525,6 +529,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             if isinstance(error, DuplicateCall) and not isinstance(error, KeyConflict) and not hasattr(request, _RAN):
                 # What it was to do is done, or has a letter of its own.
                 vars(error)[DROPPED] = True
+            again.note_failed(error)
             if DROPPED in vars(error):
                 again.raise_dropped(error)
             raise
@@ -579,6 +584,11 @@ class Task(celery.Task[P, R], Generic[P, R]):
             token=getattr(request, again.TOKEN, "") or "",
             in_chord=bool(request.chord),
         )
+
+    @cached_property
+    def look(self) -> Look:
+        """How this task's calls are written for people."""
+        return STOCK if self.contract is None else Look(self.contract)
 
     @cached_property
     def claims(self) -> Claims | None:
@@ -667,6 +677,11 @@ def _countdown(retry: StockRetry) -> float:
     if isinstance(when, datetime):
         when = (when - datetime.now(when.tzinfo)).total_seconds()
     return max(0.0, when or 0.0)
+
+
+def _headers_in(retry: StockRetry) -> Mapping[str, Any]:
+    options: Mapping[str, Any] = getattr(cast("Any", retry).sig, "options", None) or {}
+    return options.get("headers") or {}
 
 
 def _due_at(options: Mapping[str, Any], now: float) -> float | None:

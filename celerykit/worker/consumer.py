@@ -19,7 +19,7 @@ from celery.worker import consumer as stock
 from celery.worker import state
 from kombu.exceptions import ContentDisallowed, DecodeError
 
-from celerykit import events
+from celerykit import events, running
 from celerykit.dead_letters import Reason
 from celerykit.errors import Undeliverable
 from celerykit.needs import check_store
@@ -165,6 +165,7 @@ class Consumer(_Stock):  # type: ignore[misc]
 
         def on_message(message: Any) -> None:
             message.undertaker = self.undertaker
+            token = running.at_hand.set(message.headers)
             try:
                 self._check(message)
                 receive(message)
@@ -176,6 +177,8 @@ class Consumer(_Stock):  # type: ignore[misc]
                 self.on_decode_error(message, error)
             except Exception as error:  # noqa: BLE001  (an edge: no message may end the worker)
                 self.on_invalid_task(None, message, error)
+            finally:
+                running.at_hand.reset(token)
 
         return on_message
 

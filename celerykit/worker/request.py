@@ -21,7 +21,7 @@ from celery.utils.time import maybe_iso8601
 from celery.worker import request as stock
 from celery.worker import state
 
-from celerykit import events
+from celerykit import events, running
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
 from celerykit.headers import Headers
 from celerykit.retry import DROPPED
@@ -72,7 +72,8 @@ class Request(_Stock):  # type: ignore[misc]
         if self.undertaker is None:
             super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
             return
-        self._end(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        with running.handling(self.request_dict):
+            self._end(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _end(self, exc_info: Any, **how: bool) -> None:
         if self._already_cancelled and isinstance(error_in(exc_info), Terminated | WorkerLostError):
@@ -103,11 +104,12 @@ class Request(_Stock):  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Bury what overran its hard time limit."""
-        try:
-            super().on_timeout(soft, timeout)
-        finally:
-            if not soft and self._ending is not None:
-                self.acknowledge()
+        with running.handling(self.request_dict):
+            try:
+                super().on_timeout(soft, timeout)
+            finally:
+                if not soft and self._ending is not None:
+                    self.acknowledge()
 
     def acknowledge(self) -> None:
         """Acknowledge, once nothing of the message can be lost any more."""
