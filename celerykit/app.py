@@ -38,6 +38,7 @@ from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
 from celerykit.canvas import Signature
+from celerykit.ciphers import Cipher, cipher_of
 from celerykit.context import Context
 from celerykit.context import check_class as check_context
 from celerykit.contract import Contract
@@ -295,6 +296,11 @@ class CeleryKit(celery.Celery):
         tls = conf.redis_backend_use_ssl if is_backends else conf.broker_use_ssl
         options = conf.result_backend_transport_options if is_backends else conf.broker_transport_options
         return url, {"tls": tls if isinstance(tls, Mapping) else None, "options": options}
+
+    @property
+    def cipher(self) -> Cipher | None:
+        """What encrypts secrets on their way: with ``CELERYKIT_SECRET_KEYS``, or nothing."""
+        return cipher_of(self.settings.kit.secret_keys)
 
     @cached_property
     def eager_store(self) -> Store:

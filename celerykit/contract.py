@@ -9,6 +9,7 @@ round.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -22,18 +23,31 @@ from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from celerykit.annotations import NOTHING, fields_of_parameters, fields_of_result, hints_of, name_of
+from celerykit.ciphers import Cipher, Undecipherable
 from celerykit.errors import InvalidPayload, Problem, ResultMismatch
 from celerykit.fields import Fields
 from celerykit.marks import RESULT, Redact, names_of
 from celerykit.parameters import BindingError, Parameters
+from celerykit.sealing import NO_KEYS
 
 __all__ = ["Contract"]
 
 #: More problems than this are counted, not listed: a message is read by a person.
 _SHOWN_PROBLEMS = 5
 
-#: What pydantic raises for a value that it cannot write; a `TypeError` for one that cannot be a key.
-_NOT_WRITABLE = (PydanticSerializationError, UnicodeError, TypeError)
+#: What pydantic raises for a value that it cannot write, a `TypeError` for one that cannot be a key, and what is
+#: raised for a secret that cannot be read.
+_NOT_WRITABLE = (PydanticSerializationError, UnicodeError, TypeError, Undecipherable)
+
+_NEEDS_KEYS = (
+    "holds a SecretStr, which JSON would turn into asterisks; set CELERYKIT_SECRET_KEYS to send it encrypted "
+    "(pip install 'celerykit[crypto]'), or send a reference to the secret instead"
+)
+_ENCRYPTED_ONLY = "a secret travels encrypted only, and that needs CELERYKIT_SECRET_KEYS"
+_UNSEALED = (
+    "holds a SecretStr in something that has a serializer of its own, and so cannot be encrypted; take the serializer "
+    "away, or send a reference to the secret instead"
+)
 
 _NOT_SENT = "The message was not sent."
 _NOT_RUN = "The task did not run."
@@ -83,6 +97,7 @@ class Contract:
         self.returns = hints.get("return", inspect.Parameter.empty)
         self._fields = fields_of_parameters(task, hints, self.parameters, strict=strict)
         self._result = fields_of_result(task, self.returns)
+        self._cipher: Callable[[], Cipher | None] = lambda: None
         self._all_typed = len(self._fields.types) == len(self.parameters.names)
 
     def __repr__(self) -> str:
@@ -139,13 +154,13 @@ class Contract:
         Write a call's arguments in the one way that all its spellings share.
 
         JSON values by parameter name, in the order of declaration, with
-        defaults filled in.
+        defaults filled in. Secrets are left out: all of them are asterisks.
 
         Raises:
             InvalidPayload: with every problem.
         """
         values = self._bind(args, kwargs, says=_NOT_SENT)
-        values = {**self._written_defaults, **self._written(values, write=self._fields.canonical)}
+        values = {**self._written_defaults, **self._written(values, is_canonical=True)}
         try:
             return {name: to_jsonable_python(values[name]) for name in self.parameters.names if name in values}
         except _NOT_WRITABLE as error:
@@ -237,17 +252,42 @@ class Contract:
             return {"type": "null"}
         return _schema(self._result, "return", of_output=True) if self._result else {}
 
+    # Secrets
+
+    @cached_property
+    def has_secrets(self) -> bool:
+        """Whether a parameter's type, or the return type, holds a ``SecretStr`` or the like."""
+        return any(fields.has_secrets for fields in self._all_fields)
+
+    def with_cipher(self, cipher: Callable[[], Cipher | None]) -> Contract:
+        """Give the same contract, whose secrets are encrypted with what *cipher* gives when there are some."""
+        if not self.has_secrets:
+            return self
+        contract = copy.copy(self)
+        contract._cipher = cipher
+        contract._fields = self._fields.with_cipher(cipher)
+        contract._result = self._result and self._result.with_cipher(cipher)
+        return contract
+
     def check_secrets(self) -> None:
         """
-        Refuse to send what would arrive as asterisks.
+        Refuse to send what cannot be encrypted.
 
         Raises:
-            InvalidPayload: A parameter's type, or the return type, holds a ``SecretStr``.
+            InvalidPayload: A parameter's type, or the return type, holds a ``SecretStr``, and there are no keys; or
+                a serializer of the user's would write it.
         """
-        secret = [*self._fields.secrets, *(self._result.secrets if self._result else ())]
-        if secret:
-            msg = "holds a SecretStr, which JSON would turn into asterisks; send a reference to the secret instead"
-            raise self._refusal([{"loc": [secret[0]], "type": "secret", "msg": msg}], says=_NOT_SENT)
+        if not self.has_secrets:
+            return
+        if unsealed := [name for fields in self._all_fields for name in fields.unsealed]:
+            raise self._refusal([_secret(unsealed[0], _UNSEALED)], says=_NOT_SENT)
+        if self._cipher() is None:
+            secret = next(name for fields in self._all_fields for name in fields.secrets)
+            raise self._refusal([_secret(secret, _NEEDS_KEYS)], says=_NOT_SENT)
+
+    @property
+    def _all_fields(self) -> list[Fields]:
+        return [self._fields, *([self._result] if self._result else [])]
 
     def refuse(self, problems: list[Problem]) -> InvalidPayload:
         """Make the error for a call that was refused before it was sent."""
@@ -261,7 +301,7 @@ class Contract:
 
     def _written_default(self, name: str, value: Any) -> Any:
         try:
-            return self._written({name: value}, write=self._fields.canonical)[name]
+            return self._written({name: value}, is_canonical=True)[name]
         except InvalidPayload:
             # Python does not check defaults (`order: Order = None`), and nor does a call that leaves them out.
             return to_jsonable_python(value, fallback=repr)
@@ -285,13 +325,14 @@ class Contract:
         return self.parameters.unbind(self._written(values, read=read), args, kwargs, skip=skip)
 
     def _written(
-        self, values: dict[str, Any], *, read: _Conversion | None = None, write: _Conversion | None = None
+        self, values: dict[str, Any], *, read: _Conversion | None = None, is_canonical: bool = False
     ) -> dict[str, Any]:
-        read, write = read or self._fields.read, write or self._fields.dump
+        read, write = read or self._fields.read, self._fields.canonical if is_canonical else self._fields.dump
         try:
             typed = read(self._typed(values))
             written = write(typed)
-            changed = self._fields.changed(typed, written)
+            # Asterisks are not to be read again; and what is canonical is sent, too, and looked at then.
+            changed = [] if is_canonical and self._fields.has_secrets else self._fields.changed(typed, written)
         except ValidationError as error:
             raise self._refusal(_problems(error), says=_NOT_SENT) from None
         except _NOT_WRITABLE as error:
@@ -353,7 +394,15 @@ def _ambiguous(name: str) -> Problem:
     }
 
 
+def _secret(name: str, msg: str) -> Problem:
+    return {"loc": [name], "type": "secret", "msg": msg}
+
+
 def _unsendable(error: Exception) -> Problem:
+    if isinstance(error, Undecipherable):
+        return {"loc": [], "type": "undecipherable", "msg": f"a secret {error}"}
+    if NO_KEYS in str(error):
+        return {"loc": [], "type": "secret", "msg": _ENCRYPTED_ONLY}
     # The error's own words may quote the value.
     kind = "text or bytes that are not UTF-8" if "utf-8" in str(error).lower() else type(error).__name__
     return {"loc": [], "type": "not_json", "msg": f"the arguments cannot be written as JSON ({kind})"}

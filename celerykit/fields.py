@@ -17,13 +17,14 @@ from datetime import datetime, time
 from functools import cached_property, partial
 from typing import Any, cast
 
-from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic_core import CoreConfig, SchemaSerializer, SchemaValidator, to_json
 from typing_extensions import TypedDict
 
-__all__ = ["Fields"]
+from celerykit.ciphers import Cipher
+from celerykit.sealing import cannot_be_sealed, copied, inner, is_secret, mask, names_secret, seal
 
-_SECRETS = (SecretStr, SecretBytes, Secret)
+__all__ = ["Fields"]
 
 _CONFIG = CoreConfig(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants")
 
@@ -49,20 +50,31 @@ class Fields:
         strict:
             Whether values must be of their types, without pydantic's
             conversions (``"10"`` for an ``int``).
+
+        cipher:
+            Gives what secrets are encrypted with, when there is one to write
+            or to read; ``None`` where there are no keys.
     """
 
-    def __init__(self, types: Mapping[str, Any], *, strict: bool = False) -> None:
+    def __init__(
+        self, types: Mapping[str, Any], *, strict: bool = False, cipher: Callable[[], Cipher | None] = lambda: None
+    ) -> None:
         self.types = dict(types)
         self.strict = strict or None
+        self._cipher = cipher
         self._adapter: TypeAdapter[dict[str, Any]] = _adapter(self.types)
-        schema = _configured(self._adapter.core_schema)
+        schema = self._schema = _configured(self._adapter.core_schema)
+        self.has_secrets = _holds(schema, _is_secret)
+        if self.has_secrets:
+            schema = seal(schema, cipher=cipher, config=_CONFIG)
         # Not the validators and serializers that models have built for themselves: those know their own
         # configuration only.
         self._serializer = SchemaSerializer(schema, _CONFIG, _use_prebuilt=False)
         validator = SchemaValidator(schema, _CONFIG, _use_prebuilt=False)
         self._validate_python = validator.validate_python
         self._validate_json = validator.validate_json
-        self._has_unions = _holds(schema, partial(_is_of_type, "union"))
+        # Not those that pydantic makes secrets of: there is one way to write them.
+        self._has_unions = _holds(self._schema, partial(_is_of_type, "union"), beside=is_secret)
         self._reads_twice = bool(strict) or self._has_unions or _holds(schema, _reads_json_differently)
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +96,7 @@ class Fields:
     def read_exactly(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Validate Python values that are of their types already."""
         return cast(
-            "dict[str, Any]", self._validate_python(cast("Any", values), strict=True, by_alias=True, by_name=True)
+            "dict[str, Any]", self._validate_exactly(cast("Any", values), strict=True, by_alias=True, by_name=True)
         )
 
     def load(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,15 +133,26 @@ class Fields:
         """
         Write validated *values* as `dump` does, with the items of sets in order.
 
-        A set has no order of its own, and another one in each process.
+        A set has no order of its own, and another one in each process. All
+        secrets are the same asterisks: encrypted, they are different each time.
         """
-        python = self._serializer.to_python(values, round_trip=True, by_alias=False)
-        return cast("dict[str, Any]", _with_sets_in_order(self.dump(values), python))
+        python = self._masking.to_python(values, round_trip=True, by_alias=False)
+        written = self._masking.to_python(values, mode="json", round_trip=True, by_alias=False, warnings="error")
+        return cast("dict[str, Any]", _with_sets_in_order(written, python))
 
     @cached_property
     def secrets(self) -> list[str]:
-        """The names whose types hold a ``SecretStr``, which JSON shows as asterisks."""
-        return self._names_that_hold(_is_secret)
+        """The names whose types hold a ``SecretStr``, which needs encryption."""
+        return self._names_that_hold(_is_secret) if self.has_secrets else []
+
+    @cached_property
+    def unsealed(self) -> list[str]:
+        """Those whose secrets are written by a serializer of the user's, and so cannot be encrypted."""
+        return [name for name in self.secrets if cannot_be_sealed(_adapter({name: self.types[name]}).core_schema)]
+
+    def with_cipher(self, cipher: Callable[[], Cipher | None]) -> Fields:
+        """Give the same with another cipher."""
+        return Fields(self.types, strict=bool(self.strict), cipher=cipher) if self.has_secrets else self
 
     @cached_property
     def unsendable(self) -> dict[str, str]:
@@ -157,6 +180,20 @@ class Fields:
             schema["$defs"] = whole["$defs"]
         return schema
 
+    @cached_property
+    def _masking(self) -> SchemaSerializer:
+        if not self.has_secrets:
+            return self._serializer
+        return SchemaSerializer(mask(self._schema), _CONFIG, _use_prebuilt=False)
+
+    @cached_property
+    def _validate_exactly(self) -> Callable[..., Any]:
+        if not self.has_secrets:
+            return self._validate_python
+        # Any text would be a secret, and a text that is not at its place would be encrypted.
+        schema = seal(self._schema, cipher=self._cipher, config=_CONFIG, exactly=True)
+        return SchemaValidator(schema, _CONFIG, _use_prebuilt=False).validate_python
+
     def _names_that_hold(self, wanted: Callable[[Mapping[str, Any]], bool]) -> list[str]:
         if not _holds(self._adapter.core_schema, wanted):
             return []
@@ -179,14 +216,10 @@ def _configured(node: Any) -> Any:
 
     pydantic writes bytes as UTF-8 and NaN as null, unless a model says otherwise.
     """
-    if isinstance(node, dict):
-        copy = {key: item if key == "metadata" else _configured(item) for key, item in node.items()}
-        if node.get("type") in ("model", "dataclass", "typed-dict"):
-            copy["config"] = {**_CONFIG, **(node.get("config") or {})}
-        return copy
-    if isinstance(node, list | tuple):
-        return type(node)(map(_configured, node))
-    return node
+    copy = copied(node, _configured)
+    if isinstance(node, dict) and node.get("type") in ("model", "dataclass", "typed-dict"):
+        copy["config"] = {**_CONFIG, **(node.get("config") or {})}
+    return copy
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
@@ -222,6 +255,8 @@ def _is_plain(value: Any) -> bool:
 def _with_sets_in_order(written: Any, python: Any) -> Any:
     """Sort in *written*, JSON, what is a set in *python*, the same values."""
     if isinstance(python, dict):
+        if len(written) != len(python):  # its keys are secrets, and all the same in JSON
+            return written
         return {
             key: _with_sets_in_order(written[key], item) for key, item in zip(written, python.values(), strict=True)
         }
@@ -243,19 +278,29 @@ def _reads_json_differently(node: Mapping[str, Any]) -> bool:
 
 
 def _is_secret(node: Mapping[str, Any]) -> bool:
-    return any(isinstance(item, type) and issubclass(item, _SECRETS) for item in node.values())
+    return is_secret(node) or names_secret(node)
 
 
-def _holds(schema: Any, wanted: Callable[[Mapping[str, Any]], bool]) -> bool:
-    """Tell whether any part of a core schema is *wanted*."""
+def _nothing(node: Mapping[str, Any]) -> bool:
+    return False
+
+
+def _holds(
+    schema: Any,
+    wanted: Callable[[Mapping[str, Any]], bool],
+    *,
+    beside: Callable[[Mapping[str, Any]], bool] = _nothing,
+) -> bool:
+    """Tell whether any part of a core schema is *wanted*; what is in parts *beside* it does not count."""
     stack = [schema]
     while stack:
         node = stack.pop()
         if isinstance(node, dict):
+            if beside(node):
+                continue
             if wanted(node):
                 return True
-            # Metadata holds functions of pydantic's, no schemas of values.
-            stack += [item for key, item in node.items() if key not in ("metadata", "serialization")]
+            stack += [item for item in inner(node) if item is not node.get("serialization")]
         elif isinstance(node, list | tuple):
             stack += node
     return False

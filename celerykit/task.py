@@ -187,6 +187,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             is_bound = not isinstance(run, staticmethod)
             function = run if is_bound else run.__func__
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
+        # A shared task's contract has been made without an app.
+        cls.contract = cast("Contract", cls.contract).with_cipher(lambda: app.cipher)
         if "__header__" in vars(cls):
             cast("Any", cls).__header__ = staticmethod(_unchecked(vars(cls)["__header__"]))
         if not cls._was_told("retry_policy", "max_retries", "autoretry_for"):

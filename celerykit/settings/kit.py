@@ -12,7 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, field_validator
+from pydantic_core import PydanticCustomError
+
+from celerykit.ciphers import keys_in
 
 __all__ = ["Kit"]
 
@@ -151,3 +154,13 @@ class Kit(BaseModel):
         description="How long a worker with free places may receive nothing while its queues are not empty, before "
         "it counts as stuck. Seconds, or ISO 8601 such as `PT1M`.",
     )
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _are_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        try:
+            keys_in(keys.get_secret_value() if keys else "")
+        except ValueError as error:
+            # A custom error's words are a template.
+            raise PydanticCustomError("secret_keys", "{why}", {"why": str(error)}) from None
+        return keys
