@@ -404,7 +404,7 @@ def worker(
             log=Path(folder) / "log",
         )
         try:
-            node.wait_for("ready.", within=ready_within)
+            node.wait_for_ready(within=ready_within)
             yield node
         finally:
             node.kill()
@@ -435,6 +435,15 @@ class Worker:
         """Return the log once *text* is in it."""
         _until(lambda: text in self.log, self.process, within=within, what=lambda: f"{text!r} in:\n{self.log}")
         return self.log
+
+    def wait_for_ready(self, *, within: float = 30.0) -> None:
+        """Wait until it says that it takes calls, in whatever form it logs."""
+        said = ("ready.", "worker.ready")
+        _until(lambda: any(text in self.log for text in said), self.process, within=within, what=lambda: self.log)
+
+    def count(self, *words: str) -> int:
+        """Count the lines of the log in which all these words are."""
+        return sum(all(word in line for word in words) for line in self.log.splitlines())
 
     def stop(self, *, grace: float = 40.0) -> bool:
         """Ask it to end, and tell whether it did; after *grace* seconds it is killed."""

@@ -132,7 +132,7 @@ def test_an_invalid_payload_is_not_retried(shop: Any, broker: Any, node: Any) ->
 
     with pytest.raises(InvalidPayload):
         result.get(timeout=WITHIN)
-    assert node.log.count(f"Task {shop.flaky.name}[{result.id}] received") == 1
+    assert node.count("received", shop.flaky.name, result.id) == 1
 
 
 def test_a_stock_producer_and_a_stock_reader_interoperate(shop: Any, order: Any, broker: Any) -> None:

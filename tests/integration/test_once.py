@@ -298,8 +298,7 @@ def test_what_is_done_does_not_run_when_it_is_delivered_again(
     )
 
     for call_id in (f"{name}-1", f"{name}-2"):
-        worker.wait_for(f"[{call_id}] succeeded")
-        eventually(lambda call_id=call_id: worker.log.count(f"[{call_id}] succeeded") == 2, within=WITHIN)  # type: ignore[misc]
+        eventually(lambda call_id=call_id: worker.count("succeeded", call_id) == 2, within=WITHIN)  # type: ignore[misc]
     assert (runs(name), runs(name + "m")) == (1, 1)
     assert shop.charge.AsyncResult(f"{name}-1").get(timeout=WITHIN).run == 1
     assert shop.remembered.AsyncResult(f"{name}-2").get(timeout=WITHIN) == 1
@@ -315,7 +314,7 @@ def test_what_is_linked_to_a_call_is_sent_with_one_id_however_often(
         lambda: runs(name) == 1,
     )
 
-    eventually(lambda: worker.log.count(f"charge[{name}] succeeded") == 2, within=WITHIN)
+    eventually(lambda: worker.count("succeeded", "charge", name) == 2, within=WITHIN)
     for number in range(links):
         eventually(lambda number=number: runs(f"{name} linked {number}") == 1, within=WITHIN)  # type: ignore[misc]
     shop.remembered.delay(f"{name} after").get(timeout=WITHIN)

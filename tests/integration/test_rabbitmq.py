@@ -332,7 +332,7 @@ def test_what_only_a_newer_deploy_may_know_keeps_no_worker_from_work(rabbitmq: A
         node.wait_for("task.handed_back")
         services.eventually(lambda: {result.state for result in unknown} == {"FAILURE"}, within=40)
         assert time.monotonic() - started > grace
-        assert node.log.count("reason=unknown_task") == 6
+        assert node.count("task.dead", "unknown_task") == 6
 
 
 def test_a_queue_s_own_dead_letter_exchange_gets_no_second_letter(rabbitmq: Any, broker: Server) -> None:
@@ -354,7 +354,7 @@ def test_a_queue_s_own_dead_letter_exchange_gets_no_second_letter(rabbitmq: Any,
         failed = app.send_task("tests.integration.retry_shop.broken", (1,), queue=to_own)
         app.send_task("tests.integration.retry_shop.rejects", queue=to_own)
         app.send_task("tests.integration.retry_shop.broken", ({"not": "a number"},), queue=to_own)
-        services.eventually(lambda: node.log.count("task.dead") == 3, what=lambda: node.log)
+        services.eventually(lambda: node.count("task.dead") == 3, what=lambda: node.log)
 
     assert failed.state == "FAILURE"
     with kombu.Connection(rabbitmq.url) as connection:
