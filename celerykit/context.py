@@ -23,8 +23,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -149,8 +149,7 @@ class Context(BaseModel):
 # What is bound
 
 
-@dataclass(frozen=True, slots=True)
-class Bound:
+class Bound(NamedTuple):
     """
     A context as it is in force.
 
@@ -168,16 +167,15 @@ class Bound:
             What stands in for a correlation id that nobody gave.
     """
 
-    values: Mapping[str, Any] = field(default_factory=dict)
-    sent: Mapping[str, Any] = field(default_factory=dict)
-    shown: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any] = MappingProxyType({})
+    sent: Mapping[str, Any] = MappingProxyType({})
+    shown: Mapping[str, Any] = MappingProxyType({})
     default_id: str | None = None
 
     def plus(self, other: Bound) -> Bound:
         """Give both; what *other* has goes before."""
         sent = {name: value for name, value in self.sent.items() if name not in other.values}
-        return replace(
-            self,
+        return self._replace(
             values={**self.values, **other.values},
             sent=_fitting({**sent, **other.sent}),
             shown={**self.shown, **other.shown},
@@ -186,7 +184,7 @@ class Bound:
     def within(self, root_id: str) -> Bound:
         """Give the same for a call that runs in place."""
         shown = self.shown if self.correlation_id is not None else {**self.shown, "correlation_id": root_id}
-        return replace(self, shown=shown, default_id=self.default_id or root_id)
+        return self._replace(shown=shown, default_id=self.default_id or root_id)
 
     @property
     def correlation_id(self) -> str | None:

@@ -522,18 +522,20 @@ def repaired(letter: Letter, *, now: float, nonce: str, new_id: str | None = Non
     if new_id is not None:
         changes |= {"id": new_id, "root_id": new_id if headers.get("root_id") == old_id else headers.get("root_id")}
     first_protocol = "task" not in headers
+    before = Headers.of(headers)
     ours = replace(
-        Headers.of(headers),
+        before,
         attempt=1,
         queue=letter.note.queue,
         sent_at=now,
         due_at=None,
-        ledger=letter.note.ledger or Headers.of(headers).ledger,
+        ledger=letter.note.ledger or before.ledger,
         replay=letter.note.replay + 1,
         replayed_by=f"{letter.id}/{nonce}",
         turn=0,
         joined=None,
         waits=0,
+        context=before.context if new_id is None else _with_correlation_id(before.context, headers),
     )
     return Outgoing(
         body=_body_of_first_protocol(letter, changes, now) if first_protocol else _without_chord(letter),
@@ -544,6 +546,12 @@ def repaired(letter: Letter, *, now: float, nonce: str, new_id: str | None = Non
         queue=letter.note.queue,
         priority=letter.note.priority,
     )
+
+
+def _with_correlation_id(context: Mapping[str, Any] | None, headers: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Keep what the ids of a call stood in for, when it gets others."""
+    root_id = headers.get("root_id") or headers.get("id")
+    return {"correlation_id": root_id, **(context or {})} if isinstance(root_id, str) else context
 
 
 def _is_brokers(name: str) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar, Token
+from contextlib import contextmanager
+from contextvars import Context, ContextVar, Token, copy_context
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 from celery import signals
@@ -19,13 +20,13 @@ from celery.utils.time import maybe_iso8601
 from celerykit import context, events
 from celerykit.headers import Headers
 
-__all__ = ["at_hand", "connect", "facts_of", "handling", "note", "ready_at", "travelling"]
+__all__ = ["at_hand", "connect", "facts_of", "handling", "header_of", "note", "ready_at", "travelling"]
 
 #: The headers of the message that a worker's parent process is busy with.
 at_hand: ContextVar[Mapping[str, Any] | None] = ContextVar("celerykit_at_hand", default=None)
 
-#: A mark on the request of a running task: what was before it.
-_BEFORE = "celerykit_before"
+#: Marks on the request of a running task: what was before it, and our header.
+_BEFORE, _HEADER = "celerykit_before", "celerykit_header"
 
 #: What is told of each call.
 _FACTS = frozenset(
@@ -35,18 +36,25 @@ _FACTS = frozenset(
     )
 )
 
-_UNBOUND: Any = object()
+#: The same as structlog has them that are not bound.
+_NO_FACTS = dict.fromkeys(_FACTS, ...)
 
 
 class _Before(NamedTuple):
     """What is put back when a run ends."""
 
     context: Token[context.Bound | None]
-    is_running: Token[bool]
-    shown: Mapping[str, Any]
+    run: Token[_Run | None]
+    all: Context
 
 
-_is_running: ContextVar[bool] = ContextVar("celerykit_running", default=False)
+class _Run(NamedTuple):
+    """How to take back what is shown of the running call."""
+
+    shown: list[Mapping[str, Token[Any]]]
+
+
+_run: ContextVar[_Run | None] = ContextVar("celerykit_run", default=None)
 
 
 def connect() -> None:
@@ -61,8 +69,8 @@ def note(**facts: Any) -> None:
 
     A retry, a snooze and a wait tell themselves by ``kind``.
     """
-    if _is_running.get():
-        _bind(**{name: value for name, value in facts.items() if value is not None})
+    if (run := _run.get()) is not None:
+        run.shown.append(_show({name: value for name, value in facts.items() if value is not None}))
 
 
 # In a pool's process
@@ -71,44 +79,58 @@ def note(**facts: Any) -> None:
 def _begin(*, task: Any, **_: Any) -> None:
     if not hasattr(task.app, "call_steps"):
         return  # another app's
-    from structlog.contextvars import get_contextvars, unbind_contextvars
-
-    request = task.request
+    request, before = task.request, copy_context()
     header = Headers.of(request.headers)
+    setattr(request, _HEADER, header)
     facts = _facts(task, request, header)
     bound = _context_of(task.app, request, header)
-    before = get_contextvars()
-    setattr(request, _BEFORE, _Before(context.bind(bound), _is_running.set(True), before))
     # A call in place, inside another one's run, has no key because that one has.
-    unbind_contextvars(*(before.keys() & _FACTS - facts.keys()))
-    _bind(**facts, **bound.shown)
-    events.TASK_STARTED.tell(**facts)
+    shown = {**_NO_FACTS, **facts, **bound.shown} if request.is_eager else {**facts, **bound.shown}
+    run = _Run([_show(shown)])
+    setattr(request, _BEFORE, _Before(context.bind(bound), _run.set(run), before))
+    if events.TASK_STARTED.is_wanted:
+        events.TASK_STARTED.tell(**facts)
 
 
 def _end(*, task: Any, **_: Any) -> None:
-    before: _Before | None = getattr(task.request, _BEFORE, None)
+    request = task.request
+    before: _Before | None = getattr(request, _BEFORE, None)
     if before is None:
         return
-    delattr(task.request, _BEFORE)
-    context.unbind(before.context)
-    with suppress(ValueError):  # (see `context.unbind`)
-        _is_running.reset(before.is_running)
-    _put_back(before.shown)
+    delattr(request, _BEFORE)
+    run = _run.get()
+    try:
+        if run is not None:
+            _hide(run.shown)
+        _put_back(before.all)
+    finally:
+        _run.reset(before.run)
+        context.unbind(before.context)
 
 
-def _put_back(before: Mapping[str, Any]) -> None:
-    """Leave of what is shown what was there before: also of what the task has bound, and never took back."""
-    from structlog.contextvars import get_contextvars, unbind_contextvars
-
-    now = get_contextvars()
-    unbind_contextvars(*(now.keys() - before.keys()))
-    _bind(**{name: value for name, value in before.items() if now.get(name, _UNBOUND) is not value})
+def _show(facts: Mapping[str, Any]) -> Mapping[str, Token[Any]]:
+    return _contextvars().bind_contextvars(**facts)  # type: ignore[no-any-return]
 
 
-def _bind(**facts: Any) -> None:
-    from structlog.contextvars import bind_contextvars
+def _hide(shown: list[Mapping[str, Token[Any]]]) -> None:
+    for tokens in reversed(shown):
+        _contextvars().reset_contextvars(**tokens)
 
-    bind_contextvars(**facts)
+
+@cache
+def _contextvars() -> Any:
+    # Here, as it is 50 ms that a program that only declares tasks has no use for.
+    import structlog.contextvars
+
+    return structlog.contextvars
+
+
+def _put_back(before: Context) -> None:
+    """Take back what the task itself has bound to its log lines, and never took back."""
+    for var, value in copy_context().items():
+        was = before.get(var, ...)
+        if value is not was and var.name.startswith(_contextvars().STRUCTLOG_KEY_PREFIX):
+            var.set(was)
 
 
 def _context_of(app: Any, request: Any, header: Headers) -> context.Bound:
@@ -120,20 +142,28 @@ def _context_of(app: Any, request: Any, header: Headers) -> context.Bound:
 
 
 def _facts(task: Any, request: Any, header: Headers) -> dict[str, Any]:
-    now = time.time()
-    ready = ready_at(request, header)
     facts = {
         "task": task.name,
         "id": request.id,
         "root_id": request.root_id or request.id,
-        "parent_id": request.parent_id,
         "attempt": header.attempt if task.contract is not None else request.retries + 1,
-        "queue": header.queue or (request.delivery_info or {}).get("routing_key"),
         "worker": request.hostname,
-        "key": header.key,
-        "wait_ms": None if ready is None else round(max(0.0, now - ready) * 1000, 1),
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    if (parent_id := request.parent_id) is not None:
+        facts["parent_id"] = parent_id
+    if (queue := header.queue or (request.delivery_info or {}).get("routing_key")) is not None:
+        facts["queue"] = queue
+    if header.key is not None:
+        facts["key"] = header.key
+    if (ready := ready_at(request, header)) is not None:
+        facts["wait_ms"] = round(max(0.0, time.time() - ready) * 1000, 1)
+    return facts
+
+
+def header_of(request: Any) -> Headers:
+    """Give our header of the running call, which is read once."""
+    read: Headers | None = getattr(request, _HEADER, None)
+    return Headers.of(request.headers) if read is None else read
 
 
 def ready_at(request: Any, header: Headers) -> float | None:
@@ -153,7 +183,7 @@ def ready_at(request: Any, header: Headers) -> float | None:
 def travelling(root_id: Any) -> Mapping[str, Any]:
     """Give what a message takes along that is sent now; *root_id* is its own."""
     headers = at_hand.get()
-    if headers is not None and not _is_running.get():
+    if headers is not None and _run.get() is None:
         # A worker's parent process sends for a call that has ended: an errback, or a chord's body.
         return Headers.of(headers).context or {}
     return context.travelling(root_id)

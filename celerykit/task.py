@@ -23,7 +23,7 @@ from celery import states
 from celery.exceptions import Ignore, Reject, TaskRevokedError, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
-from celerykit import again, bulk, claiming, loops, schedules
+from celerykit import again, bulk, claiming, loops, running, schedules
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
@@ -567,7 +567,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         return self.contract.dump_result(super().__call__(*args, **kwargs))
 
     def _call(self, request: Any, args: Any, kwargs: Any) -> Call:
-        headers = Headers.of(request.headers)
+        headers = running.header_of(request)
         return Call(
             task=str(self.name),
             id=request.id,

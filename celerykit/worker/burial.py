@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import kombu
 from celery.canvas import maybe_signature
 
-from celerykit import events, letters
+from celerykit import events, letters, running
 from celerykit.dead_letters import HEADER, Letter, Note, error_fingerprint, identify, letter_id
 from celerykit.errors import CelerykitError, StoreUnavailable
 from celerykit.headers import Headers
@@ -257,7 +257,8 @@ class Undertaker:
             chord=note.chord,
         )
         try:
-            self._send_body(body, told)
+            with running.handling(grave.letter.headers):
+                self._send_body(body, told)
         except Exception as error:  # noqa: BLE001  (a signature may hold anything; the member's letter is what counts)
             _tell_not_written(told, error, then="nothing")
         else:
@@ -297,6 +298,7 @@ def _tell_dead(note: Note, headers: Mapping[str, Any]) -> None:
         error=note.error or None,
         error_fingerprint=note.fingerprint or None,
         letter=note.letter,
+        correlation_id=running.facts_of(headers).get("correlation_id"),
     )
 
 
