@@ -124,6 +124,7 @@ TASK_IGNORED = Event("task.ignored", _INFO, "A call has ended without a result, 
 TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed back, by its own word.")
 TASK_REVOKED = Event("task.revoked", _INFO, "A call was revoked, or had expired, and does not run. Celery's record.")
 TASK_OVER_TIME = Event("task.over_time", _WARNING, "A call runs longer than its soft or hard limit. Celery's record.")
+TASK_CUT_OFF = Event("task.cut_off", _WARNING, "A run ended with its process: `reason` is `lost` or `timed_out`.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
 TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
 TASK_REPLAYED = Event("task.replayed", _INFO, "A dead letter was sent again, as a call.")
@@ -185,6 +186,9 @@ WORKER_STOPPING = Event("worker.stopping", _INFO, "A worker was asked to end; `h
 WORKER_OUT_OF_TIME = Event("worker.out_of_time", _WARNING, "What still runs goes back to its queue: time is up.")
 WORKER_SOFT_SHUTDOWN = Event("worker.soft_shutdown", _WARNING, "A worker ends. What runs has `delay` to end, too.")
 WORKER_NOT_ALL_GIVEN_BACK = Event("worker.not_all_given_back", _ERROR, "A worker ended on an error of its own.")
+WORKER_STUCK = Event("worker.stuck", _ERROR, "A worker gets nothing of what waits for it. `celerykit health` says so.")
+WORKER_UNSTUCK = Event("worker.unstuck", _INFO, "A worker that was stuck is not, any more.")
+HEALTH_NOT_WRITTEN = Event("health.not_written", _WARNING, "There is no sign of life for `celerykit health` to read.")
 
 BEAT_STARTING = Event("beat.starting", _INFO, "Beat begins, and what it has been told. Instead of a banner.")
 BEAT_SENT = Event("beat.sent", _INFO, "What was due is sent. Celery's record.")
@@ -212,6 +216,13 @@ PROCESS_CRASHED = Event("process.crashed", logging.CRITICAL, "An exception that 
 PYTHON_WARNING = Event("python.warning", _WARNING, "A warning of Python's `warnings`.")
 LOG_DROPPED = Event("log.dropped", _WARNING, "Lines that were not written: nobody read what was, and no room was left.")
 LOG_UNREADABLE = Event("log.unreadable", _ERROR, "A record that cannot be written; `logger` has told it.")
+
+# Numbers
+
+METRICS_SERVED = Event("metrics.served", _INFO, "A worker serves its numbers at `address`.")
+METRICS_NOT_SERVED = Event("metrics.not_served", _WARNING, "A worker's port is taken; it is tried again and again.")
+METRICS_NO_QUEUES = Event("metrics.no_queues", _WARNING, "The broker was asked how full its queues are, and failed.")
+METRICS_INCOMPLETE = Event("metrics.incomplete", _WARNING, "The program's own metrics could not be read.")
 
 # Facts
 
@@ -254,4 +265,7 @@ FACTS: dict[str, str] = {
     "late": "By how many seconds it is late.",
     "leader": "The beat that sends.",
     "since": "Since when it does.",
+    "address": "Where a worker serves its numbers.",
 }
+
+# Facts

@@ -16,7 +16,7 @@ from celery.utils.time import rate as per_second
 from kombu.serialization import loads, prepare_accept_content
 from kombu.utils.json import dumps
 
-from celerykit import events
+from celerykit import events, running
 from celerykit.dead_letters import Letter, Outgoing, payload_of, repaired, replay_mark, rewritten
 from celerykit.errors import InvalidPayload, Problem, StoreUnavailable
 from celerykit.headers import Headers
@@ -165,6 +165,7 @@ def _tell_replayed(letter: Letter, message: Outgoing) -> None:
         queue=message.queue,
         key=header.key,
         letter=letter.id,
+        correlation_id=running.facts_of(message.headers).get("correlation_id"),
     )
 
 

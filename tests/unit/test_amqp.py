@@ -197,8 +197,8 @@ def test_many_calls_are_told_as_one_for_each_task(app: Any, ping: Any, told: Any
     results = app.enqueue_many([ping.s(1), pong.s(), ping.s(2)])
 
     assert told() == [
-        ("task.sent_many", {"task": "ping", "count": 2, "first": results[0].id}),
-        ("task.sent_many", {"task": "pong", "count": 1, "first": results[1].id}),
+        ("task.sent_many", {"task": "ping", "queue": "celery", "count": 2, "first": results[0].id}),
+        ("task.sent_many", {"task": "pong", "queue": "celery", "count": 1, "first": results[1].id}),
     ]
 
 

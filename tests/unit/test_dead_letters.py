@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -399,6 +400,20 @@ def test_causes_are_counted(shop: Any, die: Any):
     found = [(cause.fingerprint, cause.count, cause.first, cause.last) for cause in shop.dead_letters.top()]
 
     assert found == [("a", 2, 1.0, 3.0), ("b", 1, 2.0, 2.0)]
+
+
+def test_a_replay_is_told(shop: Any, die: Any, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "celerykit.task")
+    die([5])
+    [letter] = shop.dead_letters.find()
+
+    shop.dead_letters.replay(dry_run=True)
+    shop.dead_letters.replay()
+
+    [record] = caplog.records
+    told = {"task": letter.note.task, "id": letter.note.id, "letter": letter.id, "queue": letter.note.queue}
+    assert record.getMessage().startswith("task.replayed ")
+    assert {name: record.data[name] for name in told} == told
 
 
 def test_replay_sends_what_fits_today_and_keeps_the_rest(shop: Any, die: Any):

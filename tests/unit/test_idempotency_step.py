@@ -280,6 +280,27 @@ def test_a_duplicate_is_told_what_the_task_says(
         assert (told.value.key, told.value.first) == (IDENTITY.key, "first")
 
 
+def test_a_duplicate_that_waits_is_told_once(
+    claims: Claims, store: Faltering, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    put(store, "running")
+    for header in ({}, {"joined": "first"}, {"joined": "first"}):
+        with pytest.raises(Waiting):
+            once(never, call_of(claims, header=header))
+    claim = claim_in(store)
+    assert claim is not None
+    done = replace(claim, state=State.DONE)
+    store.swap(Swap(record_of(IDENTITY.key), claim.version, New(done.version, done.data(), ttl=KEEP)))
+
+    once(never, call_of(claims, header={"joined": "first"}))
+
+    assert [record.data for record in caplog.records] == [  # type: ignore[attr-defined]
+        {"task": "shop.pay", "id": "second", "then": then, "key": IDENTITY.key, "first": "first"}
+        for then in ("join", "reuse")
+    ]
+
+
 def test_no_argument_is_in_what_is_told(claims: Claims, store: Faltering, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     put(store, "running", call="c:mine")

@@ -119,6 +119,34 @@ def test_a_message_that_comes_again_meanwhile_is_what_is_acknowledged(
     assert not undertaker.is_waiting(again)
 
 
+def test_what_is_buried_is_told_once_it_is(
+    undertaker: Undertaker, cemetery: Cemetery, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = {"v": 1, "attempt": 3, "queue": "slow", "context": {"correlation_id": "a-request"}}
+    cemetery.failures = 1
+
+    done = threading.Event()
+    undertaker.bury_message(message(celerykit=ours, root_id="root"), FAILED, then=done.set, chord=None)
+    assert done.wait(5)
+
+    [not_written, dead] = caplog.records
+    assert str(not_written.msg).startswith("dead_letter.not_written task=t id=1 reason=failed")
+    assert dead.name == "celerykit.task"
+    assert dead.data == {  # type: ignore[attr-defined]
+        "task": "t",
+        "id": "1",
+        "root_id": "root",
+        "attempt": 3,
+        "queue": "slow",
+        "reason": "failed",
+        "error": "ValueError",
+        "error_fingerprint": cemetery.letters[0].note.fingerprint,
+        "letter": cemetery.letters[0].id,
+        "correlation_id": "a-request",
+    }
+    assert "boom" not in caplog.text
+
+
 def test_what_is_not_even_a_message_is_kept_as_it_is(undertaker: Undertaker, cemetery: Cemetery) -> None:
     undertaker.bury_item("celery", b"\x80 nonsense", ValueError("no JSON"))
 
