@@ -493,8 +493,8 @@ def _ail_within(sign: Sign, silence: float, max_age: float) -> str | None:
     if sign.stuck is not None:
         queue, depth, idle = (sign.stuck.get(name) for name in ("queue", "depth", "idle"))
         return (
-            f"it has received nothing for {idle} s, though {depth} messages wait in the queue {queue!r}, and it has "
-            "room for them. Restart it."
+            f"it has received nothing for {idle} s, though the queue {queue!r} is not empty ({depth}), and it has "
+            "room. Restart it."
         )
     return None
 

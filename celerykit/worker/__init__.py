@@ -13,4 +13,6 @@ What runs in a worker's parent process: no message can kill it, and none is ackn
     returns    gives messages back after a while
     leases     keeps this worker's messages its own, on Redis and Valkey
     shutdown   gives back what was not finished
+    pulse      leaves signs of life
+    serving    serves numbers over HTTP
 """

@@ -28,6 +28,7 @@ from celerykit.worker import claims, shape, shutdown
 from celerykit.worker.burial import Undertaker
 from celerykit.worker.ending import ending_of, info_of
 from celerykit.worker.leases import Leases, all_of
+from celerykit.worker.pulse import TURN, Vitals
 from celerykit.worker.request import Request
 from celerykit.worker.returns import Returns
 from celerykit.worker.starts import Starts, Verdict
@@ -62,6 +63,39 @@ class Consumer(_Stock):  # type: ignore[misc]
         lease, pool = app.settings.kit.lease, kwargs.get("pool")
         self.leases = Leases(lease, on_garbage=self.undertaker.bury_item, pool=pool)
         super().__init__(self._admit, *args, **kwargs)
+        self.vitals = Vitals(self)
+
+    # Signs of life
+
+    def start(self) -> None:
+        """Consume until the worker ends, and tell that it does."""
+        self.vitals.start()
+        super().start()
+
+    def on_ready(self) -> None:
+        """Take note that it consumes. Celery calls this whenever it has connected."""
+        super().on_ready()
+        self.vitals.consume()
+
+    def on_connection_error_before_connected(self, exc: BaseException) -> None:
+        """Take note that there is no connection."""
+        self.vitals.lose()
+        super().on_connection_error_before_connected(exc)
+
+    def on_connection_error_after_connected(self, exc: BaseException) -> None:
+        """Take note that the connection is lost."""
+        self.vitals.lose()
+        super().on_connection_error_after_connected(exc)
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        """Let the event loop take note that it turns."""
+        super().register_with_event_loop(hub)
+        hub.call_repeatedly(TURN, self.vitals.turn)
+
+    def perform_pending_operations(self) -> None:
+        """Take note that the loop turns: where there is no event loop, it calls this each time."""
+        self.vitals.turn()
+        super().perform_pending_operations()
 
     # Connecting
 
@@ -79,6 +113,7 @@ class Consumer(_Stock):  # type: ignore[misc]
         """Let the connection go, and then its leases. Celery calls this when the pool has stopped."""
         super().shutdown()
         self.leases.stop()
+        self.vitals.stop()
 
     def cancel_active_requests(self) -> None:
         """Cut off what runs; it goes back."""
@@ -100,6 +135,7 @@ class Consumer(_Stock):  # type: ignore[misc]
             return
         # Asked when it has a place in the pool: what only stood in line was not started.
         request.may_start = self._may_start
+        stands_still = self.vitals.begin(request)
         try:
             self._hand_over(request)
         except self._broken as error:
@@ -108,6 +144,9 @@ class Consumer(_Stock):  # type: ignore[misc]
             request.kill(error)
         except Exception as error:  # noqa: BLE001  (an edge: this may be called by a timer, which drops what raises)
             request.kill(error)
+        finally:
+            if stands_still:
+                self.vitals.end()
 
     def _may_start(self, request: Any) -> bool:
         verdict = self._judge(request)
@@ -165,6 +204,7 @@ class Consumer(_Stock):  # type: ignore[misc]
 
         def on_message(message: Any) -> None:
             message.undertaker = self.undertaker
+            self.vitals.receive(message)
             token = running.at_hand.set(message.headers)
             try:
                 self._check(message)
