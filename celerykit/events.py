@@ -226,6 +226,8 @@ METRICS_INCOMPLETE = Event("metrics.incomplete", _WARNING, "The program's own me
 
 # Facts
 
+# Facts
+
 #: By name. An event has those it can know, and no other.
 FACTS: dict[str, str] = {
     "task": "The task's name.",
@@ -243,6 +245,8 @@ FACTS: dict[str, str] = {
     "error": "The error's type, and its message where that can hold no secret.",
     "error_fingerprint": "Twelve digits that errors of one cause share, as in `celerykit dead top`.",
     "reason": "Why, in one word if there is one: see [Dead letters](dead-letters.md).",
+    "traceback": "Where an error was raised.",
+    "internal": "Whether Celery itself failed, and not the task.",
     "hint": "What to do about it.",
     "then": "What follows.",
     "delay": "Seconds until what follows.",
@@ -256,7 +260,8 @@ FACTS: dict[str, str] = {
     "record": "The name of a record in the store.",
     "field": "The name of a field of the context.",
     "bytes": "How large it is.",
-    "limit": "How much there may be at most.",
+    "limit": "How much there may be at most; of time limits, `soft` or `hard`.",
+    "seconds": "How long a time limit is.",
     "exchange": "Where the broker took it from.",
     "after": "Seconds that have passed.",
     "lease": "Seconds that a lease lasts.",
@@ -265,7 +270,13 @@ FACTS: dict[str, str] = {
     "late": "By how many seconds it is late.",
     "leader": "The beat that sends.",
     "since": "Since when it does.",
+    "how": "How a worker is to end: warm or cold.",
+    "url": "The broker's address, without its password.",
+    "text": "What was printed, or warned of.",
+    "category": "The class of a warning.",
+    "file": "Where it was raised.",
+    "line": "In which line of that.",
+    "thread": "The name of a thread.",
+    "logger": "The logger of a record.",
     "address": "Where a worker serves its numbers.",
 }
-
-# Facts
