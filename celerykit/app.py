@@ -33,7 +33,7 @@ from celery.loaders.app import AppLoader
 from celery.schedules import BaseSchedule
 from kombu.transport import TRANSPORT_ALIASES
 
-from celerykit import bulk, claiming, running, schedules
+from celerykit import bulk, claiming, running, schedules, traces
 from celerykit.amqp import due_soon
 from celerykit.annotations import UnresolvedAnnotation
 from celerykit.call import Step
@@ -221,6 +221,7 @@ class CeleryKit(celery.Celery):
         self.schedules: dict[str, schedules.Entry] = {}
         self._publishers: dict[int, ThreadPoolExecutor] = {}
         running.connect()
+        traces.connect()
         super().__init__(main, *args, **kwargs)
         if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
             # Celery gives Django's methods to the tasks of apps that have no task class of their own.

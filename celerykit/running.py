@@ -149,7 +149,7 @@ def _facts(task: Any, request: Any, header: Headers) -> dict[str, Any]:
         "attempt": header.attempt if task.contract is not None else request.retries + 1,
         "worker": request.hostname,
     }
-    if (parent_id := request.parent_id) is not None:
+    if (parent_id := request.parent_id) is not None and parent_id != request.id:  # (as a retry has it)
         facts["parent_id"] = parent_id
     if (queue := header.queue or (request.delivery_info or {}).get("routing_key")) is not None:
         facts["queue"] = queue
