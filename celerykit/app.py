@@ -45,6 +45,7 @@ from celerykit.contract import Contract
 from celerykit.deadline import within
 from celerykit.errors import InvalidOptions
 from celerykit.idempotency import Once
+from celerykit.idempotency.keys import check_marks
 from celerykit.limits import Rule, check_limits
 from celerykit.options import by_new_name, command_options, config_name, option_table
 from celerykit.publishing import UnreachableBroker, sending, transport_options
@@ -200,6 +201,7 @@ class CeleryKit(celery.Celery):
     task_cls = cast("Any", Task)
     loader_cls = "celerykit.app:Loader"
     amqp_cls = cast("Any", "celerykit.amqp:AMQP")
+    log_cls = cast("Any", "celerykit.logs:Logging")
 
     def __init__(
         self,
@@ -223,6 +225,7 @@ class CeleryKit(celery.Celery):
         running.connect()
         traces.connect()
         super().__init__(main, *args, **kwargs)
+        self.steps["worker"].add("celerykit.worker.metrics_step:MetricsStep")
         if self.task_cls is Task and any(isinstance(fixup, DjangoFixup) for fixup in cast("Any", self)._fixups):
             # Celery gives Django's methods to the tasks of apps that have no task class of their own.
             self.task_cls = "celerykit.contrib.django:DjangoTask"
@@ -561,6 +564,7 @@ def _declared(
     if options.get("schedule") is not None:
         schedules.check_call(contract, what=name)
     check_limits(contract, options.get("limit_rules", ()))
+    check_marks(contract)
     return {**options, "contract": contract}
 
 
