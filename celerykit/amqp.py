@@ -235,8 +235,10 @@ class AMQP(celery.app.amqp.AMQP):
         queue = options.get(_QUEUE)
         sent = send(producer, name, message, **options)
         # Most senders log nothing of this level.
-        if events.TASK_SENT.is_wanted and not is_told_of():
-            _tell_sent(name, message.headers, queue.name if queue is not None else options.get("routing_key"))
+        if events.TASK_SENT.is_wanted:
+            to = queue.name if queue is not None else options.get("routing_key")
+            if not is_told_of(to):
+                _tell_sent(name, message.headers, to)
         return sent
 
     def _send(self, send: Any, producer: Any, name: str, message: Any, **options: Any) -> Any:

@@ -184,25 +184,26 @@ class _How:
 
 def _publish(app: CeleryKit, producer: Any, batch: list[Unsent], progress: _Progress, how: _How) -> None:
     before = len(progress.sent)
+    queues: list[str | None] = []
     try:
-        with telling_of():
+        with telling_of() as queues:
             if producer.supports_batch_publish:
                 _publish_together(app, producer, batch, progress, how)
                 return
             for call in batch:
                 _publish_one(producer, call, progress, how)
     finally:
-        _tell_sent(batch, progress.sent[before:])
+        _tell_sent(batch, progress.sent[before:], queues)
 
 
-def _tell_sent(batch: Sequence[Unsent], results: Sequence[Result[Any]]) -> None:
+def _tell_sent(batch: Sequence[Unsent], results: Sequence[Result[Any]], queues: Sequence[str | None]) -> None:
     if not events.TASK_SENT_MANY.is_wanted:
         return
-    ids: dict[str, list[str]] = {}
-    for call, result in zip(batch, results, strict=False):  # more than were sent
-        ids.setdefault(str(call.task.name), []).append(result.id)
-    for task, of_task in ids.items():
-        events.TASK_SENT_MANY.tell(task=task, count=len(of_task), first=of_task[0])
+    ids: dict[tuple[str, str | None], list[str]] = {}
+    for call, result, queue in zip(batch, results, queues, strict=False):  # more than were sent
+        ids.setdefault((str(call.task.name), queue), []).append(result.id)
+    for (task, queue), together in ids.items():
+        events.TASK_SENT_MANY.tell(task=task, queue=queue, count=len(together), first=together[0])
 
 
 def _publish_one(producer: Any, call: Unsent, progress: _Progress, how: _How) -> None:

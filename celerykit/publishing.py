@@ -71,22 +71,30 @@ class UnreachableBroker(EnqueueError, kombu.exceptions.OperationalError):
         self.reason = reason
 
 
-_is_told_of: ContextVar[bool] = ContextVar("celerykit_is_told_of", default=False)
+_told_of: ContextVar[list[str | None] | None] = ContextVar("celerykit_told_of", default=None)
 
 
 @contextmanager
-def telling_of() -> Iterator[None]:
-    """Let nothing be told of the single messages that are sent in the block: who sends them tells of them."""
-    token = _is_told_of.set(True)
+def telling_of() -> Iterator[list[str | None]]:
+    """
+    Let nothing be told of the single messages that are sent in the block: who sends them tells of them.
+
+    It gives a list, which gets the queue of each.
+    """
+    queues: list[str | None] = []
+    token = _told_of.set(queues)
     try:
-        yield
+        yield queues
     finally:
-        _is_told_of.reset(token)
+        _told_of.reset(token)
 
 
-def is_told_of() -> bool:
-    """Tell whether somebody else tells of a message that is sent now."""
-    return _is_told_of.get()
+def is_told_of(queue: str | None) -> bool:
+    """Tell whether somebody else tells of a message that is sent now to *queue*, and let him know it."""
+    queues = _told_of.get()
+    if queues is not None:
+        queues.append(queue)
+    return queues is not None
 
 
 @contextmanager

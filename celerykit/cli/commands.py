@@ -75,6 +75,7 @@ NEED_APP = {
     "dead": Lazy("celerykit.cli.dead:dead", "Find, repair and replay what no worker could finish."),
     "explain": Lazy("celerykit.cli.explain:explain", "Tell what a task does, or what became of a message."),
     "keys": Lazy("celerykit.cli.keys:keys", "Show which calls hold which keys, and let keys go."),
+    "queues": Lazy("celerykit.cli.queues:queues", "Show how full the queues are, and how old what waits is."),
 }
 
 _COMMANDS = {

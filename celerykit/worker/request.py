@@ -81,6 +81,8 @@ class Request(_Stock):  # type: ignore[misc]
             return
         # What came back from a run was raised by the task, though a child that it waited for may have raised it first.
         is_raised = bool(how.get("return_ok"))
+        if not is_raised:
+            self._tell_cut_off(error_in(exc_info))
         if isinstance(error_in(exc_info), WorkerLostError) and not is_raised and self._is_given_back_as_done():
             return
         exc_info = self._as_failure(exc_info, is_raised=is_raised)
@@ -101,6 +103,12 @@ class Request(_Stock):  # type: ignore[misc]
             # Acknowledged when it started, or something on the way to the gate failed: a result backend, a hook.
             if self._ending is not None:
                 self.acknowledge()
+
+    def _tell_cut_off(self, error: Any) -> None:
+        if self.time_start and isinstance(error, TimeLimitExceeded | WorkerLostError):
+            reason = "timed_out" if isinstance(error, TimeLimitExceeded) else "lost"
+            queue = Headers.of(self.request_dict).queue or self.delivery_info.get("routing_key")
+            events.TASK_CUT_OFF.tell(task=self.name, id=self.id, queue=queue, reason=reason)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Bury what overran its hard time limit."""

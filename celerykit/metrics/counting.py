@@ -1,0 +1,208 @@
+"""
+What is counted when: Celery's signals, and our own events.
+
+A label has few values, whatever messages say: a task is one that the app knows,
+or ``unknown``; the first names of queues are kept, and the rest are ``other``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from celery import signals
+from celery.utils.time import maybe_iso8601
+
+from celerykit import events
+from celerykit.headers import HEADER
+from celerykit.metrics import names
+from celerykit.metrics.names import Metric
+
+__all__ = ["OTHER", "UNKNOWN", "Counting", "Numbers"]
+
+#: A task that the app does not know.
+UNKNOWN = "unknown"
+
+#: What comes after so many different names that somebody must be making them up.
+OTHER = "other"
+
+_MOST = 100
+
+#: Celery's states, as outcomes.
+_OUTCOMES = {
+    "SUCCESS": "succeeded",
+    "FAILURE": "failed",
+    "RETRY": "retried",
+    "IGNORED": "ignored",
+    "REJECTED": "rejected",
+}
+
+
+class Numbers(Protocol):
+    """Where numbers are kept."""
+
+    def count(self, metric: Metric, *labels: str, by: float = 1.0) -> None:
+        """Add to a counter."""
+
+    def measure(self, metric: Metric, seconds: float, *labels: str) -> None:
+        """Put a time into a histogram."""
+
+
+class Counting:
+    """
+    Counts in this process what becomes of the calls of an app.
+
+    Nothing here raises for what a message says.
+    """
+
+    def __init__(self, app: Any, numbers: Numbers) -> None:
+        self.app = app
+        self._numbers = numbers
+        self._seen: dict[str, set[str]] = {"task": set(), "queue": set()}
+
+    def watch_calls(self) -> None:
+        """Count the calls that this process sends, and what it finds out about keys."""
+        events.observe(self._on_event)
+
+    def watch_runs(self) -> None:
+        """Count the runs in this process, and in those that are forked from it."""
+        for signal, receiver in (
+            (signals.task_prerun, self._on_start),
+            (signals.task_postrun, self._on_end),
+            (signals.task_revoked, self._on_revoked),
+        ):
+            signal.connect(receiver, weak=False)
+
+    # Events
+
+    def _on_event(self, event: events.Event, facts: Mapping[str, Any]) -> None:
+        count = _COUNTED.get(event)
+        if count is not None:
+            count(self, facts)
+        elif event.name.startswith("claim."):
+            self._numbers.count(names.CLAIMS, event.name.partition(".")[2])
+
+    def _sent(self, facts: Mapping[str, Any]) -> None:
+        self._numbers.count(names.SENT, self._sent_task(facts.get("task")), self.queue(facts.get("queue")))
+
+    def _sent_many(self, facts: Mapping[str, Any]) -> None:
+        labels = self._sent_task(facts.get("task")), self.queue(facts.get("queue"))
+        self._numbers.count(names.SENT, *labels, by=facts.get("count", 1))
+
+    def _duplicate(self, facts: Mapping[str, Any]) -> None:
+        self._numbers.count(names.DUPLICATE, self._sent_task(facts.get("task")), str(facts.get("then", OTHER)))
+
+    def _dead(self, facts: Mapping[str, Any]) -> None:
+        labels = self.task(facts.get("task")), self.queue(facts.get("queue")), str(facts.get("reason", OTHER))
+        self._numbers.count(names.DEAD, *labels)
+
+    def _cut_off(self, facts: Mapping[str, Any]) -> None:
+        # Only the worker's parent process knows.
+        labels = self.task(facts.get("task")), self.queue(facts.get("queue")), str(facts.get("reason"))
+        self._numbers.count(names.FINISHED, *labels)
+
+    def _handed_back(self, facts: Mapping[str, Any]) -> None:
+        self._numbers.count(names.HANDED_BACK, self.task(facts.get("task")), str(facts.get("reason", OTHER)))
+
+    # Signals
+
+    def _on_start(self, task: Any = None, **_: Any) -> None:
+        request = task.request
+        if request.is_eager:
+            return
+        queue, now = self._queue_of(request), time.time()
+        # Kept at the request, which is this run's.
+        request.celerykit_began = time.perf_counter()
+        self._numbers.count(names.STARTED, task.name, queue)
+        if (waited := _waited(request, now)) is not None:
+            self._numbers.measure(names.WAIT, waited, task.name, queue)
+
+    def _on_end(self, task: Any = None, state: Any = None, retval: Any = None, **_: Any) -> None:
+        request = task.request
+        began = getattr(request, "celerykit_began", None)
+        if began is None:
+            return
+        queue = self._queue_of(request)
+        self._numbers.measure(names.RUN, time.perf_counter() - began, task.name, queue)
+        outcome = _OUTCOMES.get(state, "failed") if state != "RETRY" else _kind(request, retval)
+        self._numbers.count(names.FINISHED, task.name, queue, outcome)
+
+    def _on_revoked(self, request: Any = None, terminated: bool = False, expired: bool = False, **_: Any) -> None:
+        task, queue = self.task(getattr(request, "name", None)), self._queue_of(request)
+        if terminated and request.time_start:
+            self._numbers.count(names.FINISHED, task, queue, "terminated")
+        else:
+            self._numbers.count(names.REVOKED, task, queue, "expired" if expired else "revoked")
+
+    # Labels
+
+    def task(self, name: Any) -> str:
+        """Give a task's label."""
+        return name if isinstance(name, str) and name in self.app._tasks else UNKNOWN
+
+    def queue(self, name: Any) -> str:
+        """Give a queue's label."""
+        return self._one_of_few("queue", name)
+
+    def _sent_task(self, name: Any) -> str:
+        # Who sends a task by its name need not have it.
+        return name if name in self.app._tasks else self._one_of_few("task", name)
+
+    def _one_of_few(self, label: str, name: Any) -> str:
+        seen = self._seen[label]
+        if not isinstance(name, str) or not name:
+            return UNKNOWN
+        if name not in seen:
+            if len(seen) >= _MOST:
+                return OTHER
+            seen.add(name)
+        return name
+
+    def _queue_of(self, request: Any) -> str:
+        info = request.delivery_info or {}
+        return self.queue(_ours(request).get("queue") or info.get("routing_key"))
+
+
+_COUNTED = {
+    events.TASK_SENT: Counting._sent,
+    events.TASK_SENT_MANY: Counting._sent_many,
+    events.TASK_DUPLICATE: Counting._duplicate,
+    events.TASK_DEAD: Counting._dead,
+    events.TASK_CUT_OFF: Counting._cut_off,
+    events.TASK_HANDED_BACK: Counting._handed_back,
+}
+
+
+def _ours(request: Any) -> Mapping[str, Any]:
+    """Give our header of a request, of a child's or of the parent's."""
+    headers = getattr(request, "request_dict", None) or request.headers
+    ours = headers.get(HEADER) if isinstance(headers, Mapping) else None
+    return ours if isinstance(ours, Mapping) else {}
+
+
+def _waited(request: Any, now: float) -> float | None:
+    """Give the seconds since a call was due or sent; nothing for one that had been delivered before."""
+    if (request.delivery_info or {}).get("redelivered"):
+        return None
+    ours = _ours(request)
+    try:
+        if request.eta:
+            since = max(maybe_iso8601(request.eta).timestamp(), ours.get("due_at") or 0.0)  # type: ignore[union-attr]
+        else:
+            since = ours.get("due_at") or ours.get("sent_at")
+        return None if since is None else max(0.0, now - since)
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return None
+
+
+def _kind(request: Any, retry: Any) -> str:
+    """Tell a retry from what was only put off, by the message that was sent."""
+    options = getattr(getattr(retry, "sig", None), "options", None) or {}
+    following = (options.get("headers") or {}).get(HEADER)
+    if not isinstance(following, Mapping):
+        return "retried"
+    if following.get("waits", 0) > _ours(request).get("waits", 0):
+        return "waiting"
+    ledger = following.get("ledger") or [()]
+    return "snoozed" if "snooze" in ledger[-1] else "retried"
