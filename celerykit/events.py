@@ -226,8 +226,6 @@ METRICS_INCOMPLETE = Event("metrics.incomplete", _WARNING, "The program's own me
 
 # Facts
 
-# Facts
-
 #: By name. An event has those it can know, and no other.
 FACTS: dict[str, str] = {
     "task": "The task's name.",

@@ -231,7 +231,8 @@ class Consumer(_Stock):  # type: ignore[misc]
         try:
             body = message.payload
         except Exception as error:  # (decoders raise what they like)
-            raise DecodeError(f"its body cannot be read: {error!r}") from error
+            # Not its repr: that of a `UnicodeDecodeError` has all of the body in it.
+            raise DecodeError(f"its body cannot be read: {events.describe(error)}") from error
         shape.check_body(body)
         if eta := (message.headers.get("eta") or (isinstance(body, Mapping) and body.get("eta"))):
             limit = self.app.settings.kit.max_eta

@@ -1,0 +1,26 @@
+"""
+What is said of a message that cannot be received.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kombu.exceptions import DecodeError
+from kombu.message import Message
+
+from celerykit.worker.consumer import Consumer
+
+
+def test_what_is_said_of_a_body_that_cannot_be_read_has_none_of_it() -> None:
+    body = b'[["hush"], {"password": "\xff"}, {}]'
+    headers = {"task": "t", "id": "1"}
+    message: Any = Message(body, content_type="application/json", content_encoding="utf-8", headers=headers)
+    consumer: Any = SimpleNamespace()
+
+    with pytest.raises(DecodeError, match="its body cannot be read: DecodeError: 'utf-8' codec can't decode") as told:
+        Consumer._check(consumer, message)
+
+    assert "hush" not in f"{told.value!r}"
