@@ -49,7 +49,7 @@ def bury(app: CeleryKit, letter: Letter) -> None:
     except EnqueueError:
         raise
     except Exception as error:  # an edge: whatever it was, the letter may not be there
-        raise UnreachableBroker(f"{what} could not be written: {error!r}") from error
+        raise UnreachableBroker(f"{what} could not be written: {events.describe(error)}") from error
 
 
 def _bury(app: CeleryKit, letter: Letter) -> None:
