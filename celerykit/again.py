@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any, NoReturn, cast
 
 from celery.exceptions import Ignore, Reject, Retry
-from celery.utils.saferepr import saferepr
 from celery.utils.serialization import get_pickleable_exception
 
 from celerykit import running
@@ -72,7 +71,7 @@ def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
         retries=request.retries + (not isinstance(later, Waiting)),
         headers=_headers_of(request, header, later),
         queue=header.queue,
-        **descriptions(task, request),
+        **descriptions(request),
     )
     told: Any = Retry
     if not request.is_eager:
@@ -148,17 +147,19 @@ def _fingerprint(error: BaseException) -> str:
     return error_fingerprint(type(error).__name__, "".join(traceback.format_exception(error)))
 
 
-def descriptions(task: Any, request: Any) -> dict[str, Any]:
+def descriptions(request: Any, *, args: Any = None, kwargs: Any = None) -> dict[str, Any]:
     """
-    Give how the sender wrote the arguments for people, which may be without secrets.
+    Give how the arguments of a running call are written for people: as its sender did, who may have had reasons.
 
-    Celery writes those of a retry anew.
+    Args:
+        args, kwargs:
+            Those it goes on with, if they are others; they are described anew.
     """
-    written = {"argsrepr": request.args, "kwargsrepr": request.kwargs}
+    written = {"argsrepr": args, "kwargsrepr": kwargs}
     return {
         name: shown
-        for name, value in written.items()
-        if (shown := getattr(request, name, None)) and shown != saferepr(value, task.app.amqp.argsrepr_maxsize)
+        for name, others in written.items()
+        if others is None and (shown := getattr(request, name, None))
     }
 
 

@@ -14,9 +14,14 @@ from __future__ import annotations
 import sys
 import types
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import Any, Final, ForwardRef, NamedTuple, NewType, TypeAlias, TypeVar, get_args, get_origin
+from uuid import UUID
 
 import typing_extensions
 from pydantic import AliasChoices, AliasPath, BaseModel, Json, RootModel
@@ -24,7 +29,21 @@ from pydantic.fields import FieldInfo
 
 from celerykit.errors import InvalidContract
 
-__all__ = ["EACH", "RESULT", "Path", "Redact", "names_of", "paths_of", "types_of_field", "values_at"]
+__all__ = [
+    "EACH",
+    "RESULT",
+    "Part",
+    "Path",
+    "Redact",
+    "is_made_of",
+    "marked",
+    "names_at",
+    "names_of",
+    "parts_of",
+    "paths_of",
+    "types_of_field",
+    "values_at",
+]
 
 #: The step that stands for each item of a list, set, tuple of any length, or dict.
 EACH: Final = "*"
@@ -44,6 +63,9 @@ _ALIASES: tuple[Any, ...] = (
 )
 _UNIONS = (typing.Union, types.UnionType)
 _UNPACKED = (typing.Unpack, typing_extensions.Unpack)
+
+#: What is written without names.
+_KNOWN = (str, bytes, int, float, Decimal, date, time, timedelta, UUID, Enum, PurePath, Sequence, Set, types.NoneType)
 
 #: What stands around a field's type, and says nothing of its values.
 _WRAPPERS = (
@@ -78,7 +100,7 @@ class _Hidden(NamedTuple):
     annotation: Any
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A type inside another one, and the steps from that one to it."""
 
     steps: Path
@@ -90,7 +112,7 @@ class _Named(NamedTuple):
     """A type, and the names of the field it is the type of."""
 
     names: tuple[str, ...]
-    part: _Part
+    part: Part
 
 
 class _Place(NamedTuple):
@@ -116,38 +138,89 @@ def paths_of(types: Mapping[str, Any], mark: type) -> tuple[Path, ...]:
     Raises:
         InvalidContract: A mark stands on the keys of a dict; or the types refer to each other in too many ways.
     """
-    found: dict[Path, None] = {}
+    return tuple({path: None for path, _ in marked(types, mark)})
+
+
+def marked(types: Mapping[str, Any], mark: type) -> Iterator[tuple[Path, Any]]:
+    """Give what `paths_of` finds, each with the type that carries the mark."""
     for name, annotation in types.items():
-        found |= dict.fromkeys(_found((name,), annotation, mark))
-    return tuple(found)
+        yield from _found((name,), annotation, mark)
 
 
-def names_of(types: Mapping[str, Any], mark: type) -> frozenset[str]:
+def is_made_of(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    """Tell whether a type is one of *kinds*, or has them as its members or items, but not in fields."""
+    waiting, seen = [annotation], list[Any]()
+    while waiting:
+        one = waiting.pop()
+        if _is_one_of(one, kinds):
+            return True
+        if one not in seen and not (isinstance(get_origin(one) or one, type) and _may_contain_itself(one)):
+            seen.append(one)
+            waiting += [part.annotation for part in parts_of(one)]
+    return False
+
+
+def names_of(types: Mapping[str, Any], mark: type, *, kinds: tuple[type, ...] = ()) -> frozenset[str]:
     """
     Find the names under which what carries a *mark* stands in JSON values, aliases included.
 
     It is the nearest name: for a mark on a list's items, or on what is
     written without names, that of the field or parameter around it.
+
+    Args:
+        kinds:
+            What counts as marked by its type alone.
     """
     found: set[str] = set()
-    waiting = [_Named((name,), _Part((), annotation)) for name, annotation in types.items()]
+    waiting = [_Named((name,), Part((), annotation)) for name, annotation in types.items()]
     seen: list[tuple[Any, tuple[str, ...]]] = []
     for _ in range(_MOST):
         if not waiting:
             return frozenset(found)
         names, (_, annotation, marks) = waiting.pop()
         names = (*names, *_aliases_in(marks))
-        if any(_is(mark, item) for item in marks):
+        if any(_is(mark, item) for item in marks) or _is_one_of(annotation, kinds):
             found.update(names)
         if _may_contain_itself(annotation):
             if (annotation, names) in seen:
                 continue
             seen.append((annotation, names))
-        waiting += [_Named(_names_at(annotation, part) or names, part) for part in _parts(annotation)]
+        waiting += [_Named(names_at(annotation, part) or names, part) for part in parts_of(annotation)]
     raise _too_many(next(iter(types), ""))
 
 
-def _names_at(kind: Any, part: _Part) -> tuple[str, ...]:
+def all_names(types: Mapping[str, Any]) -> frozenset[str] | None:
+    """Give all names under which something may stand in JSON values; ``None`` when there may be any."""
+    found, seen = set(types), list[Any]()
+    waiting = list(types.values())
+    for _ in range(_MOST):
+        if not waiting:
+            return frozenset(found)
+        annotation = waiting.pop()
+        origin = get_origin(annotation) or annotation
+        if origin in (Any, object) or isinstance(origin, TypeVar) or _takes_any_name(origin):
+            return None
+        if _may_contain_itself(annotation):
+            if annotation in seen:
+                continue
+            seen.append(annotation)
+        for part in parts_of(annotation):
+            found.update(names_at(annotation, part))
+            waiting.append(part.annotation)
+    return None
+
+
+def _takes_any_name(kind: Any) -> bool:
+    if not isinstance(kind, type):
+        return False
+    if issubclass(kind, BaseModel):
+        return kind.model_config.get("extra") == "allow"
+    # A class that nothing is known of may be written in any way.
+    return issubclass(kind, Mapping) or (not _has_fields(kind) and not issubclass(kind, _KNOWN) and kind not in _UNIONS)
+
+
+def names_at(kind: Any, part: Part) -> tuple[str, ...]:
+    """Give the names under which a part of *kind* may stand in JSON; none when it has no name."""
     step = part.steps[-1] if part.steps else None
     if not isinstance(step, str) or step in (EACH, _UNREACHED):
         return ()
@@ -203,7 +276,7 @@ def _inside(value: Any, step: str | int) -> Any:
 # Finding
 
 
-def _found(path: Path, annotation: Any, mark: type) -> Iterator[Path]:
+def _found(path: Path, annotation: Any, mark: type) -> Iterator[tuple[Path, Any]]:
     """Go inwards, but only to where there is a mark."""
     waiting = [_Place(path, annotation)]
     for _ in range(_MOST):
@@ -213,7 +286,7 @@ def _found(path: Path, annotation: Any, mark: type) -> Iterator[Path]:
         if not _leads_to(mark, place):
             continue
         if _is_marked(place, mark):
-            yield _reachable(place.path, mark)
+            yield _reachable(place.path, mark), place.annotation
         if place.annotation not in place.above:
             waiting += reversed(_inner(place))
     raise _too_many(path[0])
@@ -239,7 +312,9 @@ def _inner(place: _Place) -> list[_Place]:
     above = place.above
     if _may_contain_itself(place.annotation):
         above = (*above, place.annotation)
-    return [_Place((*place.path, *part.steps), part.annotation, part.marks, above) for part in _parts(place.annotation)]
+    return [
+        _Place((*place.path, *part.steps), part.annotation, part.marks, above) for part in parts_of(place.annotation)
+    ]
 
 
 def _is_marked(place: _Place, mark: type) -> bool:
@@ -276,53 +351,59 @@ def _too_many(parameter: Any) -> InvalidContract:
 # What is inside a type
 
 
-def _parts(annotation: Any) -> Iterable[_Part]:
+def parts_of(annotation: Any) -> Iterable[Part]:
+    """Give the types inside a type, each with the steps to it; none for those that are the same value."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (typing.Annotated, typing_extensions.Annotated):
         return [_annotated(args[0], args[1:])]
     if origin in _WRAPPERS or origin in _UNPACKED:
-        return [_Part((), args[0])]
+        return [Part((), args[0])]
     if origin in _UNIONS:
-        return [_Part((), member) for member in args]
+        return [Part((), member) for member in args]
     if isinstance(annotation, str | ForwardRef):
         raise InvalidContract(f"the annotation {annotation!r} is not defined.")
     return _named(origin or annotation, args) if _may_contain_itself(annotation) else _unnamed(annotation)
 
 
-def _annotated(annotation: Any, metadata: Sequence[Any], steps: Path = ()) -> _Part:
+def _annotated(annotation: Any, metadata: Sequence[Any], steps: Path = ()) -> Part:
     if any(_is(Json, item) for item in metadata):  # written as one text
-        return _Part(steps, _Hidden(annotation), metadata)
-    return _Part(steps, annotation, metadata)
+        return Part(steps, _Hidden(annotation), metadata)
+    return Part(steps, annotation, metadata)
 
 
-def _named(origin: Any, args: Sequence[Any]) -> Iterator[_Part]:
+def _named(origin: Any, args: Sequence[Any]) -> Iterator[Part]:
     variables = getattr(origin, "__type_params__", ()) or getattr(origin, "__parameters__", ())
     replaced = dict(zip(variables, args, strict=False))
-    parts = [_Part((), _value_of(origin))] if isinstance(origin, _ALIASES) else _fields(origin)
+    parts = [Part((), _value_of(origin))] if isinstance(origin, _ALIASES) else _fields(origin)
     for part in parts:
         yield part._replace(annotation=_substituted(part.annotation, replaced))
 
 
-def _unnamed(annotation: Any) -> Iterable[_Part]:
+def _unnamed(annotation: Any) -> Iterable[Part]:
     origin, args = get_origin(annotation), get_args(annotation)
     if isinstance(annotation, _Hidden):
-        return [_Part((_UNREACHED,), annotation.annotation)]
+        return [Part((_UNREACHED,), annotation.annotation)]
     if isinstance(annotation, NewType):
-        return [_Part((), annotation.__supertype__)]
+        return [Part((), annotation.__supertype__)]
     if isinstance(annotation, TypeVar):
-        return [_Part((), one) for one in (annotation.__bound__, *annotation.__constraints__) if one is not None]
+        return [Part((), one) for one in (annotation.__bound__, *annotation.__constraints__) if one is not None]
     if _is_kind(origin, tuple) and args[-1:] != (Ellipsis,) and not any(_is_unpacked(item) for item in args):
-        return [_Part((place,), item) for place, item in enumerate(args)]
+        return [Part((place,), item) for place, item in enumerate(args)]
     if _is_kind(origin, Mapping):
-        return [_Part((_UNREACHED,), args[0]), *(_Part((EACH,), item) for item in args[1:])]
+        return [Part((_UNREACHED,), args[0]), *(Part((EACH,), item) for item in args[1:])]
     if _is_kind(origin, Collection) or origin is typing.get_origin(Iterable[Any]):
         # What is unpacked into a tuple has items of its own.
-        return [_Part(() if _is_unpacked(item) else (EACH,), item) for item in args if item is not Ellipsis]
+        return [Part(() if _is_unpacked(item) else (EACH,), item) for item in args if item is not Ellipsis]
     return []
 
 
 def _is_unpacked(annotation: Any) -> bool:
     return get_origin(annotation) in _UNPACKED or getattr(annotation, "__unpacked__", False)
+
+
+def _is_one_of(annotation: Any, kinds: tuple[type, ...]) -> bool:
+    origin = get_origin(annotation) or annotation
+    return isinstance(origin, type) and issubclass(origin, kinds)
 
 
 def _is_kind(origin: Any, kind: type) -> bool:
@@ -363,7 +444,7 @@ def _is_named_tuple(kind: type) -> bool:
     return issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _fields(kind: Any) -> list[_Part]:
+def _fields(kind: Any) -> list[Part]:
     if issubclass(kind, BaseModel):
         return _fields_of_model(kind)
     if "__pydantic_fields__" in vars(kind):  # a dataclass of pydantic's
@@ -371,17 +452,17 @@ def _fields(kind: Any) -> list[_Part]:
         return [_annotated(known[name].annotation, known[name].metadata, (name,)) for name in _names(kind)]
     hints = _hints(kind)
     if is_dataclass(kind):
-        return [_Part((name,), hints[name]) for name in _names(kind)]
+        return [Part((name,), hints[name]) for name in _names(kind)]
     if _is_named_tuple(kind):  # written as a list
-        return [_Part((place,), hints.get(name)) for place, name in enumerate(kind._fields)]
-    return [_Part((name,), hint) for name, hint in hints.items()]
+        return [Part((place,), hints.get(name)) for place, name in enumerate(kind._fields)]
+    return [Part((name,), hint) for name, hint in hints.items()]
 
 
 def _names(kind: Any) -> list[str]:
     return [field.name for field in fields(kind)]  # without what its `__init__` takes only
 
 
-def _fields_of_model(kind: type[BaseModel]) -> list[_Part]:
+def _fields_of_model(kind: type[BaseModel]) -> list[Part]:
     if not kind.__pydantic_complete__:  # it spoke of what was not there yet
         kind.model_rebuild(raise_errors=False)
     is_root = issubclass(kind, RootModel)
@@ -420,7 +501,7 @@ def _members(annotation: Any) -> list[Any]:
     waiting, seen, found = [annotation], list[Any](), list[Any]()
     while waiting:
         kind = waiting.pop(0)
-        inner = [] if _is_kind(kind, BaseModel) else [part.annotation for part in _parts(kind) if not part.steps]
+        inner = [] if _is_kind(kind, BaseModel) else [part.annotation for part in parts_of(kind) if not part.steps]
         if not inner:
             found.append(kind)
         elif kind not in seen:
@@ -435,7 +516,7 @@ def _types_of_field(kind: Any, name: str) -> list[Any]:
         return [Any]
     if _is_kind(origin, Mapping) and not _has_fields(origin):
         return list(get_args(kind)[1:]) or [Any]
-    found = [part.annotation for part in _parts(kind) if part.steps == (name,)]
+    found = [part.annotation for part in parts_of(kind) if part.steps == (name,)]
     is_attribute = hasattr(origin, name) and not callable(getattr(origin, name))
     return found or ([Any] if is_attribute else [])
 

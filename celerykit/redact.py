@@ -14,36 +14,37 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import fields, is_dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from functools import cached_property, lru_cache
-from typing import Any, Final
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote, quote_plus
 from uuid import UUID
 
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from celerykit.marks import Redact, names_of
+from celerykit.masks import MASK
 
 __all__ = [
     "MASK",
+    "Bound",
     "Redact",
     "Secrets",
     "bind",
     "clean",
     "is_active",
+    "is_hidden",
     "is_secret_name",
     "running",
     "scrub",
     "secrets_in",
     "unbind",
 ]
-
-#: What stands in place of a secret.
-MASK: Final = "***"
 
 #: Shorter values cannot be told from other text.
 _SHORTEST = 3
@@ -81,8 +82,11 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET.search(words)) and not _ABOUT.search(words)
 
 
-def _is_secret(name: Any, names: Collection[str]) -> bool:
-    return isinstance(name, str) and (name in names or is_secret_name(name))
+def is_hidden(name: Any, value: Any, names: Collection[str]) -> bool:
+    """Tell whether a value is shown masked: for *names*, and names that say so; whether there is one is no secret."""
+    if value is None or not isinstance(name, str):
+        return False
+    return name in names or (not isinstance(value, bool) and is_secret_name(name))
 
 
 @lru_cache(maxsize=512)
@@ -96,57 +100,117 @@ def _marked_in(kind: type) -> frozenset[str]:
 # Values
 
 
-def secrets_in(value: Any, names: Collection[str] = (), *, is_secret: bool = False) -> Iterator[str]:
-    """Give the secret texts in JSON values: those under *names*, or under a name that says so."""
-    waiting = [(value, is_secret)]
+def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> Iterator[str]:
+    """
+    Give the secret texts in a value, JSON or not: those under *names*, or under a name that says so.
+
+    Args:
+        name:
+            That of the value itself.
+    """
+    waiting = [(value, is_hidden(name, value, names), 0)]
     while waiting:
-        one, hides = waiting.pop()
-        if isinstance(one, Mapping):
-            waiting += [(item, hides or _is_secret(key, names)) for key, item in one.items()]
-        elif isinstance(one, list | tuple):
-            waiting += [(item, hides) for item in one]
-        elif hides and (text := _text_of(one)) is not None:
-            yield text
+        one, hides, deep = waiting.pop()
+        if isinstance(one, str | bytes | int | float | None):
+            if hides and (text := _text_of(one)):
+                yield from _with_parts(text)
+        elif isinstance(one, SecretStr | SecretBytes):
+            waiting.append((one.get_secret_value(), True, deep))
+        elif deep > _DEEPEST:
+            continue
+        elif isinstance(one, list | tuple | set | frozenset) and not hasattr(one, "_asdict"):
+            waiting += [(item, hides, deep + 1) for item in one]
+        elif (pairs := _pairs_of(one)) is not None:
+            within = names if isinstance(one, Mapping) else {*names, *_marked_in(cast("Any", type(one)))}
+            waiting += [(item, hides or is_hidden(key, item, within), deep + 1) for key, item in pairs]
+        elif hides and isinstance(one, _PLAIN):
+            yield str(one)
 
 
 def _text_of(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, str | bytes | int | float):
+    if value is None or isinstance(value, bool):
         return None
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     return text if len(text) >= _SHORTEST else None
+
+
+def _with_parts(text: str) -> Iterator[str]:
+    """Give a secret, and what is as secret as the whole: what follows on ``Bearer``, and the lines of a key."""
+    yield text
+    bare = text.strip()
+    if bare != text and len(bare) >= _SHORTEST:
+        yield bare
+    if match := _SCHEME.fullmatch(bare):
+        yield match[1]
+    if "\n" in bare:
+        yield from (line for line in bare.splitlines() if len(line) >= _LONG_LINE)
+
+
+_SCHEME = re.compile(r"(?:bearer|basic|token|digest)\s+(\S{3,})", re.IGNORECASE)
+_LONG_LINE = 12
+
+#: Of what is longer, so much at its beginning gives it away: texts that are too long are cut.
+_LONG, _HEAD = 24, 16
 
 
 class Secrets:
     """The secret values of one call."""
 
     def __init__(self, values: Iterable[str]) -> None:
-        self.values = frozenset(values)
+        # One that is all asterisks is its own mask.
+        self.values = frozenset(value for value in values if len(value) >= _SHORTEST and value.strip("*"))
 
     def scrub(self, text: str) -> str:
         """Give *text* without them, in any of the ways they are written within another text."""
-        return self._pattern.sub(MASK, text)
+        scrubbed = self._scrub(text)
+        while scrubbed != text:  # a mask may make one whole that has asterisks in it
+            text, scrubbed = scrubbed, self._scrub(scrubbed)
+        return text
+
+    def _scrub(self, text: str) -> str:
+        for form in self._forms:
+            if form in text:
+                text = text.replace(form, MASK)
+        for head in self._heads:
+            if head in text:
+                text = re.sub(rf"{re.escape(head)}[^\s'\"]*", MASK, text)
+        return text
+
+    # Looking for each is faster than one pattern of all, which takes its time to compile, and more with many.
+    @cached_property
+    def _forms(self) -> list[str]:
+        forms = {form for value in self.values for form in _forms(value)}
+        return sorted(forms, key=len, reverse=True)
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        forms = {form for value in self.values for form in _forms(value)}
-        return re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))
+    def _heads(self) -> list[str]:
+        return [form[:_HEAD] for form in self._forms if len(form) > _LONG]
 
 
 def _forms(value: str) -> Iterator[str]:
-    yield value
-    yield repr(value)[1:-1]
-    yield ascii(value)[1:-1]
-    yield json.dumps(value)[1:-1]
-    yield json.dumps(value, ensure_ascii=False)[1:-1]
-    try:
-        yield quote(value)
-        yield quote(value, safe="")
-        yield quote_plus(value)
-    except UnicodeEncodeError:
-        return
+    for written in (value, repr(value)[1:-1], ascii(value)[1:-1], json.dumps(value)[1:-1], _json(value)):
+        yield written
+        yield repr(written)[1:-1]
+        yield written.replace("'", "\\'")
+        yield written.replace('"', '\\"')
+    encoded = value.encode(errors="surrogatepass")
+    yield repr(encoded)[2:-1]
+    yield from (quote(encoded), quote(encoded, safe=""), quote_plus(encoded))
+
+
+def _json(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False)[1:-1]
 
 
 # The running call
+
+
+class Bound(NamedTuple):
+    """The secrets of a call that runs."""
+
+    secrets: Secrets
+    token: Token[Secrets | None]
+
 
 _running: ContextVar[Secrets | None] = ContextVar("celerykit_secrets", default=None)
 
@@ -154,22 +218,29 @@ _running: ContextVar[Secrets | None] = ContextVar("celerykit_secrets", default=N
 _active: dict[int, Secrets] = {}
 
 
-def bind(values: Iterable[str]) -> Token[Secrets | None] | None:
-    """Make these the secret values of the running call, until `unbind`; ``None`` when there are none."""
+def bind(values: Iterable[str]) -> Bound | None:
+    """
+    Make these the secret values of the running call, until `unbind`; ``None`` when there are none.
+
+    A call that runs within another one has the secrets of that, too.
+    """
     secrets = Secrets(values)
     if not secrets.values:
         return None
+    outer = _running.get()
+    if outer is not None:
+        secrets = Secrets(secrets.values | outer.values)
     _active[id(secrets)] = secrets
-    return _running.set(secrets)
+    return Bound(secrets, _running.set(secrets))
 
 
-def unbind(token: Token[Secrets | None] | None) -> None:
+def unbind(bound: Bound | None) -> None:
     """Forget what `bind` bound."""
-    if token is None:
+    if bound is None:
         return
-    secrets = _running.get()
-    _active.pop(id(secrets), None)
-    _running.reset(token)
+    _active.pop(id(bound.secrets), None)
+    with suppress(ValueError):  # another thread's, whose context is its own
+        _running.reset(bound.token)
 
 
 def running() -> tuple[Secrets, ...]:
@@ -206,32 +277,29 @@ def clean(value: Any, names: Collection[str] = (), *, deep: int = 0) -> Any:
     secret values. What is none of these is its repr.
     """
     if value is None or isinstance(value, _PLAIN):
-        return value
+        # A number that has a secret's digits somewhere is not the secret.
+        return MASK if _active and any(str(value) in secrets.values for secrets in running()) else value
     if isinstance(value, str):
         return scrub(value) if _active else value
     if deep > _DEEPEST:
         return "…"
     if isinstance(value, Enum):
         return clean(value.value, names, deep=deep + 1)
-    fields_of = _fields_of(value)
-    if fields_of is not None:
-        kind: Any = type(value)
-        names = {*names, *_marked_in(kind)}
-        return {name: _cleaned(name, item, names, deep) for name, item in fields_of}
-    if isinstance(value, Mapping):
-        return {str(key): _cleaned(key, item, names, deep) for key, item in value.items()}
+    if (pairs := _pairs_of(value)) is not None:
+        within = names if isinstance(value, Mapping) else {*names, *_marked_in(cast("Any", type(value)))}
+        return {str(key): _cleaned(key, item, within, deep) for key, item in pairs}
     if isinstance(value, list | tuple | set | frozenset):
         return [clean(item, names, deep=deep + 1) for item in value]
     return _shown(value)
 
 
 def _cleaned(name: Any, value: Any, names: Collection[str], deep: int) -> Any:
-    if value is not None and not isinstance(value, bool) and _is_secret(name, names):
-        return MASK
-    return clean(value, names, deep=deep + 1)
+    return MASK if is_hidden(name, value, names) else clean(value, names, deep=deep + 1)
 
 
-def _fields_of(value: Any) -> Iterable[tuple[str, Any]] | None:
+def _pairs_of(value: Any) -> Iterable[tuple[Any, Any]] | None:
+    if isinstance(value, Mapping):
+        return value.items()
     if isinstance(value, BaseModel):
         return iter(value)
     if is_dataclass(value) and not isinstance(value, type):

@@ -17,13 +17,16 @@ from typing import Any, NamedTuple, cast
 from celery import signals
 from celery.utils.time import maybe_iso8601
 
-from celerykit import context, events
+from celerykit import context, events, redact
 from celerykit.headers import Headers
 
-__all__ = ["at_hand", "connect", "facts_of", "handling", "header_of", "note", "ready_at", "travelling"]
+__all__ = ["SECRETS", "at_hand", "connect", "facts_of", "handling", "header_of", "note", "ready_at", "travelling"]
 
 #: The headers of the message that a worker's parent process is busy with.
 at_hand: ContextVar[Mapping[str, Any] | None] = ContextVar("celerykit_at_hand", default=None)
+
+#: A mark on the request of a running task: what binds its secret values.
+SECRETS = "celerykit_secrets"
 
 #: Marks on the request of a running task: what was before it, and our header.
 _BEFORE, _HEADER = "celerykit_before", "celerykit_header"
@@ -94,6 +97,7 @@ def _begin(*, task: Any, **_: Any) -> None:
 
 def _end(*, task: Any, **_: Any) -> None:
     request = task.request
+    redact.unbind(getattr(request, SECRETS, None))
     before: _Before | None = getattr(request, _BEFORE, None)
     if before is None:
         return

@@ -23,19 +23,21 @@ from celery import states
 from celery.exceptions import Ignore, Reject, TaskRevokedError, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
-from celerykit import again, bulk, claiming, loops, running, schedules
+from celerykit import again, bulk, claiming, loops, redact, running, schedules
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
 from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, KeyConflict, TaskInterrupted
 from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Identity, Once, Skipped, once
+from celerykit.idempotency.keys import check_marks
 from celerykit.limits import Limits, Rule, limited
-from celerykit.looks import STOCK, Look
+from celerykit.looks import STOCK, Look, told
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
 from celerykit.rollout import pause_for_newer
+from celerykit.scrubbing import scrub_error
 from celerykit.stores import Store
 from celerykit.using import SendOptions, Using
 
@@ -189,6 +191,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             cls.contract = Contract(str(cls.name), function, drop_first=is_bound, strict=cls.strict)
         # A shared task's contract has been made without an app.
         cls.contract = cast("Contract", cls.contract).with_cipher(lambda: app.cipher)
+        check_marks(cls.contract)
         if "__header__" in vars(cls):
             cast("Any", cls).__header__ = staticmethod(_unchecked(vars(cls)["__header__"]))
         if not cls._was_told("retry_policy", "max_retries", "autoretry_for"):
@@ -476,8 +479,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if header.queue is not None:
             # A delayed message of RabbitMQ says where its delay ended, and not where it belongs.
             options.setdefault("queue", header.queue)
+        others = {**dict(zip(("args", "kwargs"), args, strict=False)), **options}
+        options = {**again.descriptions(request, args=others.get("args"), kwargs=others.get("kwargs")), **options}
         try:
-            return stock_retry(*args, **again.descriptions(self, request), **options)
+            return stock_retry(*args, **options)
         except Reject as error:
             raise again.not_sent(cast("Any", error).reason) from error
 
@@ -502,11 +507,25 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return self.run(*args, **kwargs)
         setattr(request, again.ENTERED, time.time())
         call = self._call(request, args, kwargs)
+        bound = redact.bind(self.look.secrets(args, kwargs))
+        if bound is None:
+            return cast("R", self._entered(request, call))
+        # Until the run is over: Celery and others speak of it after it has ended here.
+        setattr(request, running.SECRETS, bound)
         try:
-            result = cast("R", self._pipeline(call))
+            return cast("R", self._entered(request, call))
+        except Exception as error:
+            scrubbed = scrub_error(error, bound.secrets)
+            if scrubbed is error:
+                raise
+        raise scrubbed
+
+    def _entered(self, request: Any, call: Call) -> Any:
+        try:
+            result = self._pipeline(call)
             if self.claims is not None and request.callbacks and not request.is_eager:
                 _name_callbacks(request)
-            return result
+            return result if request.is_eager else told(result, self.look)
         except Stopped as stopped:
             if isinstance(stopped.by, StockRetry):
                 again.note_again(_headers_in(stopped.by), kind="retry", delay=stopped.delay)
@@ -563,8 +582,17 @@ class Task(celery.Task[P, R], Generic[P, R]):
             plain: Callable[..., Any] = self._coroutine_function or super().__call__
             return plain(*args, **kwargs)
         # `map` and `starmap` hand over the items of their own message.
-        args, kwargs = self.contract.load(args, kwargs)
-        return self.contract.dump_result(super().__call__(*args, **kwargs))
+        bound = redact.bind(self.look.secrets(args, kwargs))
+        try:
+            args, kwargs = self.contract.load(args, kwargs)
+            return self.contract.dump_result(super().__call__(*args, **kwargs))
+        except Exception as error:
+            scrubbed = error if bound is None else scrub_error(error, bound.secrets)
+            if scrubbed is error:
+                raise
+        finally:
+            redact.unbind(bound)
+        raise scrubbed
 
     def _call(self, request: Any, args: Any, kwargs: Any) -> Call:
         headers = running.header_of(request)

@@ -1,0 +1,337 @@
+"""
+How the arguments and the result of a call are written for people: typed, in little room, without secrets.
+
+    (Order(order_id='7c1f…', amount='9.50', card=***),)
+
+It is what Celery calls ``argsrepr``: in a message's headers, events, logs and
+Flower. It is made of JSON values, when a call is sent; of what is long, only
+as much is looked at as will be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from numbers import Number
+from typing import Any, get_origin
+
+from celerykit import redact
+from celerykit.contract import Contract
+from celerykit.marks import EACH, RESULT, all_names, names_at, parts_of
+from celerykit.masks import mask_text
+
+__all__ = ["DEEPEST", "LONGEST", "STOCK", "Look", "told"]
+
+#: The most characters of a description, as Celery's ``argsrepr_maxsize``.
+LONGEST = 1024
+
+#: So many lists and objects deep, as Celery's ``task_repr_maxlevels``.
+DEEPEST = 3
+
+
+class _Shape:
+    """What is known of a value's type: its name, if it has fields, and the shapes of what is in it."""
+
+    __slots__ = ("fields", "item", "name", "places")
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.fields: dict[str, _Shape | None] = {}
+        self.places: dict[int, _Shape | None] = {}
+        self.item: _Shape | None = None
+
+
+def _shape_of(annotation: Any, known: list[tuple[Any, _Shape]]) -> _Shape | None:
+    for kind, shape in known:
+        if kind is annotation:
+            return shape
+    shape = _Shape()
+    known.append((annotation, shape))
+    same = []
+    for part in parts_of(annotation):
+        step = part.steps[-1] if part.steps else None
+        inner = _shape_of(part.annotation, known)
+        if step is None:
+            same.append(inner)
+        elif step == EACH:
+            shape.item = inner
+        elif isinstance(step, int):
+            shape.places[step] = inner
+        else:
+            shape.fields |= dict.fromkeys(names_at(annotation, part), inner)
+    if same:
+        told = [one for one in same if one is not None]
+        return told[0] if len(told) == 1 else None
+    if shape.fields:
+        shape.name = (get_origin(annotation) or annotation).__name__
+    return shape if shape.fields or shape.places or shape.item else None
+
+
+class Look:
+    """
+    How the calls of one task are written.
+
+    Args:
+        contract:
+            The task's; ``None`` when nothing is known of it.
+
+        names:
+            What is masked beside what is marked.
+    """
+
+    def __init__(self, contract: Contract | None, names: Collection[str] = ()) -> None:
+        self._contract = contract
+        self._names = frozenset(names) if contract is None else contract.redacted | frozenset(names)
+
+    def arguments(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, longest: int = LONGEST, deepest: int = DEEPEST
+    ) -> tuple[str, str]:
+        """Write positional and named arguments, as in ``argsrepr`` and ``kwargsrepr``."""
+        return self.positional(args, longest, deepest), self.named(kwargs, longest, deepest)
+
+    def positional(self, args: Sequence[Any], longest: int = LONGEST, deepest: int = DEEPEST) -> str:
+        """Write positional arguments, as a tuple."""
+        if not args:
+            return "()"
+        writer = _Writer(self._names, longest, deepest)
+        known = len(self._places)
+        writer.text("(")
+        for place, value in enumerate(args):
+            if not writer.is_next(place):
+                break
+            name, shape = self._places[place] if place < known else self._rest
+            writer.field(name, value, shape, 1)
+        return writer.closed(",)" if len(args) == 1 else ")")
+
+    def named(self, kwargs: Mapping[str, Any], longest: int = LONGEST, deepest: int = DEEPEST) -> str:
+        """Write named arguments, as a dict."""
+        if not kwargs:
+            return "{}"
+        writer = _Writer(self._names, longest, deepest)
+        writer.text("{")
+        for place, (name, value) in enumerate(kwargs.items()):
+            if not writer.is_next(place):
+                break
+            writer.text(f"{name!r}: ")
+            if name in self._shapes:
+                writer.field(name, value, self._shapes[name], 1)
+            else:
+                collector, shape = self._more
+                writer.field(name if collector not in self._names else collector, value, shape, 1)
+        return writer.closed("}")
+
+    def result(self, value: Any, *, longest: int = LONGEST, deepest: int = DEEPEST) -> str:
+        """Write what a task returned, as JSON values."""
+        writer = _Writer(self._names, longest, deepest)
+        writer.field(RESULT, value, self._returned, 0)
+        return writer.closed("")
+
+    def secrets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        """Give the secret texts among a call's arguments."""
+        if not self._may_hold_secrets:
+            return []
+        names = (*(name for name, _ in self._places[: len(args)]), *[self._rest[0]] * (len(args) - len(self._places)))
+        found = [text for name, value in zip(names, args, strict=False) for text in self._secrets_in(name, value)]
+        for name, value in kwargs.items():
+            collector = "" if name in self._shapes else self._more[0]
+            found += self._secrets_in(collector if collector in self._names else name, value)
+        return found
+
+    def _secrets_in(self, name: str, value: Any) -> Iterator[str]:
+        return redact.secrets_in(value, self._names, name=name)
+
+    @cached_property
+    def _may_hold_secrets(self) -> bool:
+        if self._contract is None or self._names:
+            return True
+        types = self._contract.types
+        names = all_names({name: types.get(name, Any) for name in self._contract.parameters.names})
+        return names is None or any(map(redact.is_secret_name, names))
+
+    @cached_property
+    def hides_result(self) -> bool:
+        """Whether the result as a whole is secret."""
+        return RESULT in self._names
+
+    @cached_property
+    def _shapes(self) -> dict[str, _Shape | None]:
+        if self._contract is None:
+            return {}
+        known: list[tuple[Any, _Shape]] = []
+        types = self._contract.types
+        return {name: _shape_of(types.get(name, Any), known) for name in self._contract.parameters.names}
+
+    @cached_property
+    def _places(self) -> list[tuple[str, _Shape | None]]:
+        names = self._contract.parameters.positional if self._contract else ()
+        return [(name, self._shapes[name]) for name in names]
+
+    @cached_property
+    def _rest(self) -> tuple[str, _Shape | None]:
+        return self._collector(self._contract.parameters.var_positional if self._contract else None)
+
+    @cached_property
+    def _more(self) -> tuple[str, _Shape | None]:
+        return self._collector(self._contract.parameters.var_keyword if self._contract else None)
+
+    def _collector(self, name: str | None) -> tuple[str, _Shape | None]:
+        shape = self._shapes.get(name) if name else None
+        return name or "", shape and shape.item
+
+    @cached_property
+    def _returned(self) -> _Shape | None:
+        return _shape_of(self._contract.returns, []) if self._contract else None
+
+
+#: How Celery's own tasks are written, and what is not known here: those that send items hold other tasks' arguments.
+STOCK = Look(None, ("it",))
+
+
+class _Told:
+    """A result, as it is stored and passed on; only the text that Celery makes of it for people is ours."""
+
+    look: Look
+
+    def __str__(self) -> str:
+        return self.look.result(self)
+
+    def __reduce__(self) -> Any:
+        kind: Any = type(self).__mro__[2]
+        return kind, (kind(self),)
+
+
+class _Dict(_Told, dict[str, Any]):
+    pass
+
+
+class _List(_Told, list[Any]):
+    pass
+
+
+class _Text(_Told, str):
+    __slots__ = ("look",)
+
+
+class _Int(_Told, int):
+    pass
+
+
+class _Float(_Told, float):
+    pass
+
+
+_TOLD: dict[type, Any] = {dict: _Dict, list: _List}
+_TOLD_IF_SECRET: dict[type, Any] = {str: _Text, int: _Int, float: _Float}
+
+for _kind in (*_TOLD.values(), *_TOLD_IF_SECRET.values()):
+    # Celery's `saferepr` writes dicts, lists and texts by itself, and numbers by their own `str`.
+    Number.register(_kind)
+
+
+def told(result: Any, look: Look) -> Any:
+    """Give a result in JSON values that Celery writes by its *look*: in events, in logs and in Flower."""
+    kind = _TOLD.get(type(result)) or (_TOLD_IF_SECRET.get(type(result)) if look.hides_result else None)
+    if kind is None:
+        return result
+    shown = kind(result)
+    shown.look = look
+    return shown
+
+
+class _Writer:
+    """A text that is written piece by piece, until it is long enough."""
+
+    __slots__ = ("_deepest", "_left", "_names", "_pieces")
+
+    def __init__(self, names: Collection[str], longest: int, deepest: int) -> None:
+        self._names, self._left, self._deepest = names, longest, deepest
+        self._pieces: list[str] = []
+
+    def text(self, text: str) -> None:
+        self._pieces.append(text)
+        self._left -= len(text)
+
+    def is_next(self, place: int) -> bool:
+        """Go on to the next item; or say that there are more, and that no room is left."""
+        if self._left <= 0:
+            self._pieces.append(", ..." if place else "...")
+            return False
+        if place:
+            self.text(", ")
+        return True
+
+    def closed(self, end: str) -> str:
+        self._pieces.append(end)
+        return "".join(self._pieces)
+
+    def field(self, name: Any, value: Any, shape: _Shape | None, depth: int) -> None:
+        """Write the value that stands under *name*."""
+        if redact.is_hidden(name, value, self._names):
+            self.text(redact.MASK)
+        else:
+            self.value(value, shape, depth)
+
+    def value(self, value: Any, shape: _Shape | None, depth: int) -> None:
+        if isinstance(value, str):
+            self.text(_quoted(str.__str__(value), self._left))
+        elif value is None or isinstance(value, int | float):
+            self.text(_number(value))
+        elif isinstance(value, Mapping):
+            self._pairs(value, shape, depth)
+        elif isinstance(value, list | tuple):
+            self._row(value, shape, depth)
+        else:
+            self.text(_other(value)[: max(self._left, 0)])
+
+    def _pairs(self, value: Mapping[Any, Any], shape: _Shape | None, depth: int) -> None:
+        name = shape.name if shape else ""
+        if "task" in value and "kwargs" in value:  # a signature: its arguments are another task's
+            self.text(f"{str(value['task'])[:100]}(...)")
+            return
+        start, end = (f"{name}(", ")") if name else ("{", "}")
+        if depth >= self._deepest or self._left <= 0:
+            self.text(f"{start}...{end}" if value else start + end)
+            return
+        self.text(start)
+        for place, (key, item) in enumerate(value.items()):
+            if not self.is_next(place):
+                break
+            self.text(f"{key}=" if name else f"{key!r}: ")
+            inner = None if shape is None else shape.fields.get(key, shape.item)
+            self.field(key, item, inner, depth + 1)
+        self._pieces.append(end)
+
+    def _row(self, value: Sequence[Any], shape: _Shape | None, depth: int) -> None:
+        start, end = ("[", "]") if isinstance(value, list) else ("(", ",)" if len(value) == 1 else ")")
+        if depth >= self._deepest or self._left <= 0:
+            self.text(f"{start}...{end}" if value else start + end)
+            return
+        self.text(start)
+        for place, item in enumerate(value):
+            if not self.is_next(place):
+                break
+            inner = None if shape is None else shape.places.get(place, shape.item)
+            self.value(item, inner, depth + 1)
+        self._pieces.append(end)
+
+
+def _quoted(value: str, most: int) -> str:
+    if len(value) > most:
+        value = f"{value[: max(most, 0)]}..."
+    return repr(mask_text(value) if "://" in value else value)
+
+
+def _number(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        return "..."
+
+
+def _other(value: Any) -> str:
+    """Write what is no JSON: arguments of a call that nobody checked."""
+    try:
+        shown = redact.clean(value)
+    except Exception:  # noqa: BLE001  (an edge: objects may do anything)
+        return f"<{type(value).__name__}>"
+    return shown if isinstance(shown, str) else repr(shown)
