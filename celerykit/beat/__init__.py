@@ -6,6 +6,7 @@ Several beats, one tick: a scheduler for Celery's own ``celery beat``, any numbe
     lead        who sends: one of the beats, as long as it renews its lease
     scheduler   what ``celery beat`` runs
     signals     those that end it, put off until a tick is at its end
+    pulse       signs of life
     status      what a person may want to know
     events      what is said of it in the log
 

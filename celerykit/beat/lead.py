@@ -112,6 +112,11 @@ class Lead:
         self.term = 0
         self.pause = 0.0
 
+    @property
+    def leads(self) -> bool:
+        """Whether this beat does, as far as it knows."""
+        return self._leads
+
     def take(self) -> bool:
         """
         Take the lead if nobody has it, keep it if this beat has, and tell whether it does.

@@ -20,6 +20,7 @@ from celery.utils.time import maybe_make_aware
 from celerykit import events, schedules
 from celerykit.beat.book import Book
 from celerykit.beat.lead import Lead, Leader, leader_key
+from celerykit.beat.pulse import LONGEST_SLEEP, Lone, Vitals
 from celerykit.beat.signals import uninterrupted
 from celerykit.beat.ticks import State, Tick
 from celerykit.deadline import within
@@ -61,7 +62,7 @@ class Scheduler(celery.beat.Scheduler):
         if not kwargs.get("lazy"):
             events.BEAT_NOT_SHARED.tell(hint="Run one beat only, or set CELERYKIT_STORE_URL.")
         schedules.install(app)
-        return celery.beat.PersistentScheduler(app, *args, **kwargs)
+        return Lone(app, *args, **kwargs)
 
     def __init__(self, app: Any, *args: Any, clock: Callable[[], float] = time.monotonic, **kwargs: Any) -> None:
         name, me = name_of(app), uuid4().hex
@@ -77,6 +78,7 @@ class Scheduler(celery.beat.Scheduler):
             clock=clock,
             now=lambda: datetime.now(UTC),
         )
+        self._vitals = Vitals(app, name=name, longest=self._lease)
         #: When to look at each entry again, in seconds since 1970.
         self._look_at: dict[str, float] = {}
         #: How often each tick was refused by the broker.
@@ -106,12 +108,17 @@ class Scheduler(celery.beat.Scheduler):
             try:
                 pause = self._tick()
             except StoreUnavailable as error:
-                return self._wait_for_store(error)
-            self._found_store()
-            return min(pause, float(self.max_interval or pause))
+                pause, state = self._wait_for_store(error), "without_store"
+            else:
+                self._found_store()
+                pause = min(pause, float(self.max_interval or pause), LONGEST_SLEEP)
+                state = "leading" if self._lead.leads else "standing_by"
+            self._vitals.tick(state, pause=pause)
+            return pause
 
     def close(self) -> None:
         """Let another beat lead at once."""
+        self._vitals.end()
         try:
             self._book.note()
             self._book.put_down()

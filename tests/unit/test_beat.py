@@ -844,7 +844,8 @@ def test_without_a_shared_store_it_is_celerys_own(app: Any, tmp_path: Any, event
     scheduler = make(app, schedule_filename=str(tmp_path / "beat"), max_interval=7)
     scheduler.close()
 
-    assert type(banner) is type(scheduler) is celery.beat.PersistentScheduler
+    assert type(banner) is type(scheduler)
+    assert isinstance(scheduler, celery.beat.PersistentScheduler)
     assert scheduler.max_interval == 7
     assert events() == ["beat.not_shared"]
 
