@@ -439,6 +439,14 @@ class CeleryKit(celery.Celery):
         return self.subclass_with_self(cast("Any", name))
 
     @cached_property
+    def Beat(self) -> Any:  # noqa: N802  (Celery's name)
+        """Celery's class of beats, which here tells what it otherwise prints."""
+        is_stock = self.settings.kit.profile == "stock"
+        return self.subclass_with_self(
+            cast("Any", "celery.apps.beat:Beat" if is_stock else "celerykit.logs.banners:Beat")
+        )
+
+    @cached_property
     def AsyncResult(self) -> Any:  # noqa: N802  (Celery's name)
         """Celery's class of results, which here is typed when it knows its task."""
         return self.subclass_with_self(Result, name="AsyncResult", reverse="AsyncResult")

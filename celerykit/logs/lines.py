@@ -173,6 +173,8 @@ def _context(facts: Mapping[str, Any]) -> Fields:
     is_of_another = own is not None and own != bound.get("id")
     context = {name: bound[name] for name in _OF_CALL if name in bound and not (is_of_another and name in _ONE_CALLS)}
     for name in bound.keys() - context.keys():
+        if name == "kind":
+            continue  # the event says it
         if name not in _OURS:
             context[name] = redact.MASK if redact.is_secret_name(name) else bound[name]
         elif not is_of_another:

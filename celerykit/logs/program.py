@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import celery.app.log as stock
 import click
+from celery import signals
 from celery.platforms import isatty
 from celery.utils.log import get_logger, mlevel
 
@@ -57,7 +58,7 @@ class Logging(_Logging):  # type: ignore[misc]
         self._handlers: dict[Any, logging.Handler] = {}
         self._worker: str | None = None
         self._is_level_told = False
-        if not self._is_stock:
+        if not self.is_stock:
             self.loglevel = mlevel(self._kit.log_level)
 
     @property
@@ -66,7 +67,8 @@ class Logging(_Logging):  # type: ignore[misc]
         return self.format_kind == "json" and not self.is_joined
 
     @property
-    def _is_stock(self) -> bool:
+    def is_stock(self) -> bool:
+        """Whether all of it is left as Celery has it."""
         if self._kit.profile == "stock" or self._kit.log_format == "celery":
             return True
         told = self.app.settings.celery
@@ -76,7 +78,7 @@ class Logging(_Logging):  # type: ignore[misc]
 
     def setup(self, loglevel: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Set up logging as Celery does, from the level on that `-l` or `CELERYKIT_LOG_LEVEL` says."""
-        return super().setup(loglevel if self._is_stock else self._level(loglevel), *args, **kwargs)
+        return super().setup(loglevel if self.is_stock else self._level(loglevel), *args, **kwargs)
 
     def _level(self, given: Any) -> Any:
         ours = mlevel(self._kit.log_level)
@@ -103,7 +105,7 @@ class Logging(_Logging):  # type: ignore[misc]
         self._worker = kwargs.get("hostname") or self._worker
         self._handlers = {}
         self.is_joined = False
-        self.format_kind = "celery" if self._is_stock or format else self._kind(logfile)
+        self.format_kind = "celery" if self.is_stock or format else self._kind(logfile)
         if self.format_kind == "celery":
             return self._with_subsystem(loglevel, logfile, format, *args, **kwargs)
         root = logging.getLogger()
@@ -135,11 +137,21 @@ class Logging(_Logging):  # type: ignore[misc]
         stream = sys.__stderr__ if logfile is None else logfile
         return "text" if hasattr(stream, "write") and isatty(stream) else "json"
 
-    def _joins(self, root: logging.Logger) -> bool:
+    def foresee_json(self, logfile: Any) -> bool:
+        """Tell whether each line is going to be JSON, as far as can be known before logging is set up."""
+        if self.is_stock or signals.setup_logging.receivers:
+            return False
+        return self._kind(logfile) == "json" and not self._would_join(logging.getLogger())
+
+    def _would_join(self, root: logging.Logger) -> bool:
         conf, told = self.app.conf, self.app.settings.celery
         if not any(map(_is_somebodys, root.handlers)):
             return False
-        if conf[_HIJACK] and (self._kit.log_format != "auto" or told.get(_HIJACK)):
+        return not (conf[_HIJACK] and (self._kit.log_format != "auto" or told.get(_HIJACK)))
+
+    def _joins(self, root: logging.Logger) -> bool:
+        conf = self.app.conf
+        if not self._would_join(root):
             return False
         # Celery looks at it next, and at nothing else before it takes handlers away.
         conf[_HIJACK] = False

@@ -24,7 +24,6 @@ from typing import Any, cast
 
 from billiard.pool import CLOSE
 from celery import bootsteps, signals
-from celery.apps import worker as stock
 from celery.concurrency import prefork
 from celery.concurrency import solo as solo_pool
 from celery.concurrency.base import BasePool
@@ -34,12 +33,12 @@ from kombu.common import ignore_errors
 from kombu.transport import virtual
 
 from celerykit import events
+from celerykit.logs import banners
 
 __all__ = ["TaskPool", "Worker", "cancel_active_requests", "may_start"]
 
 #: celery-types knows half of them.
 _Pool: Any = cast("Any", prefork.TaskPool).Pool
-_Worker: Any = stock.Worker
 
 #: Seconds between two looks whether the running tasks have ended.
 _TICK = 0.1
@@ -135,7 +134,7 @@ class TaskPool(prefork.TaskPool):
 # Ending in time
 
 
-class Worker(_Worker):  # type: ignore[misc]
+class Worker(banners.Worker):
     """
     A worker that ends within its grace period.
 
