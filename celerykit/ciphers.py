@@ -66,7 +66,7 @@ class Cipher:
         from cryptography.fernet import InvalidToken
 
         try:
-            return self._fernet.decrypt(text.removeprefix(_PREFIX))
+            return self._fernet.decrypt(text.removeprefix(_PREFIX).encode(errors="replace"))
         except InvalidToken:
             raise Undecipherable("is encrypted with a key that is not among CELERYKIT_SECRET_KEYS") from None
 

@@ -28,7 +28,7 @@ from celerykit.errors import InvalidPayload, Problem, ResultMismatch
 from celerykit.fields import Fields
 from celerykit.marks import RESULT, Redact, names_of
 from celerykit.parameters import BindingError, Parameters
-from celerykit.sealing import NO_KEYS
+from celerykit.sealing import NO_KEYS, SECRETS
 
 __all__ = ["Contract"]
 
@@ -231,7 +231,7 @@ class Contract:
     def redacted(self) -> frozenset[str]:
         """The names of what is marked ``Redact()``, in the parameters and in the result."""
         returned = {RESULT: self.returns} if self._result else {}
-        return names_of({**self._fields.types, **returned}, Redact)
+        return names_of({**self._fields.types, **returned}, Redact, kinds=SECRETS)
 
     def describe(self) -> dict[str, Any]:
         """Give the JSON Schema of each parameter, and of ``return``; ``{}`` for what is not typed."""
@@ -284,6 +284,12 @@ class Contract:
         if self._cipher() is None:
             secret = next(name for fields in self._all_fields for name in fields.secrets)
             raise self._refusal([_secret(secret, _NEEDS_KEYS)], says=_NOT_SENT)
+
+    def secret_values(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Give the secrets that are in arguments which `load` has read, as they are."""
+        if not self._fields.has_secrets:
+            return []
+        return self._fields.secret_values(self._typed(self.parameters.bind(args, kwargs)))
 
     @property
     def _all_fields(self) -> list[Fields]:

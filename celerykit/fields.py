@@ -22,7 +22,7 @@ from pydantic_core import CoreConfig, SchemaSerializer, SchemaValidator, to_json
 from typing_extensions import TypedDict
 
 from celerykit.ciphers import Cipher
-from celerykit.sealing import cannot_be_sealed, copied, inner, is_secret, mask, names_secret, seal
+from celerykit.sealing import cannot_be_sealed, copied, inner, is_secret, mask, names_secret, reveal, seal
 
 __all__ = ["Fields"]
 
@@ -140,6 +140,14 @@ class Fields:
         written = self._masking.to_python(values, mode="json", round_trip=True, by_alias=False, warnings="error")
         return cast("dict[str, Any]", _with_sets_in_order(written, python))
 
+    def secret_values(self, values: Mapping[str, Any]) -> list[Any]:
+        """Give the secrets that are in validated *values*, as they are."""
+        if not self.has_secrets:
+            return []
+        found: list[Any] = []
+        self._revealing.to_python(values, round_trip=True, context=found)
+        return found
+
     @cached_property
     def secrets(self) -> list[str]:
         """The names whose types hold a ``SecretStr``, which needs encryption."""
@@ -185,6 +193,10 @@ class Fields:
         if not self.has_secrets:
             return self._serializer
         return SchemaSerializer(mask(self._schema), _CONFIG, _use_prebuilt=False)
+
+    @cached_property
+    def _revealing(self) -> SchemaSerializer:
+        return SchemaSerializer(reveal(self._schema), _CONFIG, _use_prebuilt=False)
 
     @cached_property
     def _validate_exactly(self) -> Callable[..., Any]:

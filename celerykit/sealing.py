@@ -25,7 +25,18 @@ from pydantic_core import (
 
 from celerykit.ciphers import Cipher, Undecipherable, is_encrypted
 
-__all__ = ["NO_KEYS", "cannot_be_sealed", "copied", "inner", "is_secret", "mask", "names_secret", "seal"]
+__all__ = [
+    "NO_KEYS",
+    "SECRETS",
+    "cannot_be_sealed",
+    "copied",
+    "inner",
+    "is_secret",
+    "mask",
+    "names_secret",
+    "reveal",
+    "seal",
+]
 
 #: What the error of a value says that cannot be written without keys.
 NO_KEYS = "a secret, and there is no CELERYKIT_SECRET_KEYS"
@@ -33,7 +44,8 @@ NO_KEYS = "a secret, and there is no CELERYKIT_SECRET_KEYS"
 #: What holds functions of pydantic's, or a user's value, and no schemas.
 _NO_SCHEMAS = ("metadata", "default")
 
-_SECRETS = (SecretStr, SecretBytes, Secret)
+#: The types that are secrets.
+SECRETS = (SecretStr, SecretBytes, Secret)
 
 _MASK = "**********"
 
@@ -75,7 +87,7 @@ def is_secret(node: Mapping[str, Any]) -> bool:
 
 def names_secret(node: Mapping[str, Any]) -> bool:
     """Tell whether a node speaks of the class of a secret."""
-    return any(isinstance(item, type) and issubclass(item, _SECRETS) for item in node.values())
+    return any(isinstance(item, type) and issubclass(item, SECRETS) for item in node.values())
 
 
 def seal(schema: Any, *, cipher: Callable[[], Cipher | None], config: CoreConfig, exactly: bool = False) -> Any:
@@ -104,6 +116,17 @@ def mask(schema: Any) -> Any:
 
 def _masked(value: Any, info: SerializationInfo) -> Any:
     return _MASK if info.mode == "json" else value
+
+
+def reveal(schema: Any) -> Any:
+    """Copy a core schema, with secrets that are put into the context, a list, when they are written."""
+    write = {"type": "function-plain", "function": _revealed, "info_arg": True}
+    return _with_secrets(schema, lambda node, **_: {**node, "serialization": write})
+
+
+def _revealed(value: Any, info: SerializationInfo) -> None:
+    if isinstance(value, SECRETS) and isinstance(info.context, list):
+        info.context.append(value.get_secret_value())
 
 
 def cannot_be_sealed(schema: Any) -> bool:
@@ -138,7 +161,7 @@ class _Sealed:
         }
 
     def _write(self, value: Any, write: Callable[[Any], Any]) -> str:
-        if not isinstance(value, _SECRETS):
+        if not isinstance(value, SECRETS):
             raise PydanticSerializationUnexpectedValue("Expected a secret")
         written = to_json(write(value.get_secret_value()), inf_nan_mode="constants")
         cipher = self._cipher()
@@ -158,7 +181,7 @@ class _Sealed:
         def read(value: Any) -> Any:
             if is_encrypted(value):
                 return validator().validate_python(decrypted(value))
-            if self._is_exact and not isinstance(value, _SECRETS):
+            if self._is_exact and not isinstance(value, SECRETS):
                 raise PydanticCustomError("secret_type", "Input should be a secret")
             return value
 

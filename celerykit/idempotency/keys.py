@@ -12,7 +12,7 @@ JSON text without spaces, in ASCII, with sorted names, of one of
 
 Values are those of `Contract.canonical`: validated, with defaults, by name. So
 a key is the same for every spelling of a call, in every process, and does not
-depend on the order of fields.
+depend on the order of fields. Secrets have no part in it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from celerykit.contract import Contract
-from celerykit.errors import InvalidOptions
+from celerykit.errors import InvalidContract, InvalidOptions
 from celerykit.idempotency.policy import Key, Once
-from celerykit.marks import Path, paths_of, values_at
+from celerykit.marks import Path, is_made_of, marked, paths_of, values_at
+from celerykit.sealing import SECRETS
 
-__all__ = ["Identity", "Keys", "key_by_id"]
+__all__ = ["Identity", "Keys", "check_marks", "key_by_id"]
 
 
 class Identity(NamedTuple):
@@ -97,6 +98,23 @@ class Keys:
     def _of(self, said: Mapping[str, Any], values: Mapping[str, Any]) -> Identity:
         call = f"{self._contract.fingerprint}:{_digest(values)[:16]}"
         return Identity(f"{self._contract.task}:{_digest(said)}", call)
+
+
+def check_marks(contract: Contract) -> None:
+    """
+    Refuse a `Key` on a secret, which no key is made of.
+
+    Raises:
+        InvalidContract: There is one.
+    """
+    if not contract.has_secrets:
+        return
+    for path, annotation in marked(contract.types, Key):
+        if is_made_of(annotation, SECRETS):
+            raise InvalidContract(
+                f"{contract.task}: Key() stands on a secret, {'.'.join(map(str, path))}; a key can be read by whoever "
+                "lists keys, so mark something else, such as an id."
+            )
 
 
 def key_by_id(task: str, call_id: str) -> Identity:
