@@ -10,7 +10,7 @@ as much is looked at as will be shown.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from numbers import Number
 from typing import Any, get_origin
@@ -113,11 +113,8 @@ class Look:
             if not writer.is_next(place):
                 break
             writer.text(f"{name!r}: ")
-            if name in self._shapes:
-                writer.field(name, value, self._shapes[name], 1)
-            else:
-                collector, shape = self._more
-                writer.field(name if collector not in self._names else collector, value, shape, 1)
+            shape = self._shapes[name] if name in self._shapes else self._more[1]
+            writer.field(self._owner_of(name), value, shape, 1)
         return writer.closed("}")
 
     def result(self, value: Any, *, longest: int = LONGEST, deepest: int = DEEPEST) -> str:
@@ -126,19 +123,29 @@ class Look:
         writer.field(RESULT, value, self._returned, 0)
         return writer.closed("")
 
+    def masked(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Give JSON values as they are, but for what is secret in them."""
+        shown = [self._masked(self._name_at(place), value) for place, value in enumerate(args)]
+        return shown, {name: self._masked(self._owner_of(name), value) for name, value in kwargs.items()}
+
+    def _masked(self, name: str, value: Any) -> Any:
+        return redact.clean({name: value}, self._names)[name]
+
+    def _name_at(self, place: int) -> str:
+        return self._places[place][0] if place < len(self._places) else self._rest[0]
+
+    def _owner_of(self, name: str) -> str:
+        """Give the parameter that takes a named argument, where it decides whether that is secret."""
+        collector = "" if name in self._shapes else self._more[0]
+        return collector if collector in self._names else name
+
     def secrets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         """Give the secret texts among a call's arguments."""
         if not self._may_hold_secrets:
             return []
-        names = (*(name for name, _ in self._places[: len(args)]), *[self._rest[0]] * (len(args) - len(self._places)))
-        found = [text for name, value in zip(names, args, strict=False) for text in self._secrets_in(name, value)]
-        for name, value in kwargs.items():
-            collector = "" if name in self._shapes else self._more[0]
-            found += self._secrets_in(collector if collector in self._names else name, value)
-        return found
-
-    def _secrets_in(self, name: str, value: Any) -> Iterator[str]:
-        return redact.secrets_in(value, self._names, name=name)
+        named = [(self._name_at(place), value) for place, value in enumerate(args)]
+        named += [(self._owner_of(name), value) for name, value in kwargs.items()]
+        return [text for name, value in named for text in redact.secrets_in(value, self._names, name=name)]
 
     @cached_property
     def _may_hold_secrets(self) -> bool:

@@ -12,11 +12,13 @@ and `_context` are Celery's own business; a test names the versions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC
 from typing import TYPE_CHECKING, Any, cast
 
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
+from celery.utils.saferepr import saferepr
 from celery.utils.time import maybe_iso8601
 from celery.worker import request as stock
 from celery.worker import state
@@ -24,6 +26,8 @@ from celery.worker import state
 from celerykit import events, running
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
 from celerykit.headers import Headers
+from celerykit.looks import DEEPEST, LONGEST, Look
+from celerykit.redact import Secrets
 from celerykit.retry import DROPPED
 from celerykit.task import HANDED_BACK
 from celerykit.worker import claims
@@ -46,6 +50,26 @@ def _place(request: Any) -> tuple[int, int]:
     return header.turn, header.waits
 
 
+def _described(payload: Any, look: Look, sent: Mapping[str, Any]) -> dict[str, str]:
+    try:
+        args, kwargs, _ = payload
+        made = look.arguments(args, kwargs)
+        given = (_given(sent.get("argsrepr"), args), _given(sent.get("kwargsrepr"), kwargs))
+        if any(given):
+            secrets = Secrets(look.secrets(args, kwargs))
+            made = tuple(secrets.scrub(text) if text else shown for text, shown in zip(given, made, strict=True))
+        return dict(zip(("argsrepr", "kwargsrepr"), made, strict=True))
+    except Exception:  # noqa: BLE001  (an edge: what is no payload is found out next, and a payload may be anything)
+        return {"argsrepr": "(...)", "kwargsrepr": "{...}"}
+
+
+def _given(described: Any, value: Any) -> str:
+    """Give how a sender chose to describe arguments, who may have hidden more; nothing when it is Celery's way."""
+    if not isinstance(described, str) or described == saferepr(value, LONGEST, DEEPEST):
+        return ""
+    return described
+
+
 class Request(_Stock):  # type: ignore[misc]
     """
     A message that is never acknowledged before it ran or was buried.
@@ -61,6 +85,22 @@ class Request(_Stock):  # type: ignore[misc]
     _ending: Ending | None = None
     _is_buried = False
     _was_success_stored: Any = None
+
+    def __init__(self, message: Any, *, headers: Any = None, body: Any = None, decoded: bool = False, **more: Any):
+        headers = message.headers if headers is None else headers
+        look = getattr(more.get("task"), "look", None)
+        if look is not None and Headers.of(headers).contract is None:
+            # Nobody who knows what is secret in it has described it.
+            headers = {**headers, **_described(body if decoded else message.payload, look, {} if decoded else headers)}
+        super().__init__(message, headers=headers, body=body, decoded=decoded, **more)
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        """Describe it for ``celery inspect`` and Flower; arguments are shown as they may be told."""
+        look = getattr(self.task, "look", None)
+        if look is None or safe:
+            return cast("dict[str, Any]", super().info(safe=safe))
+        args, kwargs = look.masked(self.args, self.kwargs)
+        return {**super().info(safe=True), "args": args, "kwargs": kwargs}
 
     @property
     def undertaker(self) -> Undertaker | None:
