@@ -19,6 +19,7 @@ from celery.app.defaults import DEFAULTS, NAMESPACES, flatten
 from celery.schedules import crontab
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
+from pydantic import SecretStr
 
 from celerykit.errors import InvalidSettings
 from celerykit.settings import OPINIONS, Kit, Settings, UnknownSettingWarning, load, settle, shown, variable
@@ -544,6 +545,22 @@ WITH_SECRETS = {
     "couchbase_backend_settings": f'{{"pwd": "{SECRET}"}}',
     "arangodb_backend_settings": f'{{"password": "{SECRET}"}}',
 }
+
+
+def test_keys_for_secrets_are_checked_when_they_are_read() -> None:
+    key = "T2xkIGtleXMgYXJlIGtlcHQgdW50aWwgdGhleSBnbz8="
+
+    assert read({"CELERYKIT_SECRET_KEYS": key}).kit.secret_keys == SecretStr(key)
+    assert problem({"CELERYKIT_SECRET_KEYS": f"{key},{SECRET}"}).startswith(
+        "CELERYKIT_SECRET_KEYS (environment): key 2 of 2 is no Fernet key (32 bytes in URL-safe base64); make one with "
+    )
+
+
+def test_no_key_shows_when_another_one_is_wrong() -> None:
+    with pytest.raises(InvalidSettings) as told:
+        read({"CELERYKIT_SECRET_KEYS": f"{SECRET},{SECRET}"})
+
+    assert SECRET not in str(told.value) + repr(told.value.__context__)
 
 
 def test_no_secret_shows_in_a_repr() -> None:
