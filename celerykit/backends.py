@@ -16,8 +16,9 @@ does, who only asks for a state, too. Here it is the finished task that tries on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any, cast
 
 import celery.backends.redis
@@ -50,6 +51,30 @@ class _Patient:
     @always_retry.setter
     def always_retry(self, value: bool) -> None:
         self._is_told_to = value
+
+
+class _Discreet:
+    """Stores what is secret among a call's arguments masked; they are stored with ``result_extended``."""
+
+    def store_result(
+        self, task_id: Any, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any
+    ) -> Any:
+        """Store what came of a task."""
+        app = cast("Any", self).app
+        if request is not None and app.conf.result_extended:
+            request = _shown(app, request)
+        stock: Any = super()
+        return stock.store_result(task_id, result, state, traceback, request=request, **kwargs)
+
+
+def _shown(app: Any, request: Any) -> Any:
+    look = getattr(app.tasks.get(getattr(request, "task", None)), "look", None)
+    args, kwargs = getattr(request, "args", None), getattr(request, "kwargs", None)
+    if look is None or not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping):
+        return request
+    shown = copy(request)
+    shown.args, shown.kwargs = look.masked(args, kwargs)
+    return shown
 
 
 # Celery's stubs do not know it.
@@ -94,7 +119,7 @@ class ResultConsumer(_StockConsumer):  # type: ignore[misc]
                 self._wanted.pop(task_id, None)
 
 
-class RedisBackend(_Patient, celery.backends.redis.RedisBackend):
+class RedisBackend(_Patient, _Discreet, celery.backends.redis.RedisBackend):
     """Subscribes to a result when somebody waits for it; takes Valkey's URLs too."""
 
     ResultConsumer = ResultConsumer
@@ -141,7 +166,7 @@ class RedisBackend(_Patient, celery.backends.redis.RedisBackend):
             ) from error
 
 
-class SentinelBackend(_Patient, celery.backends.redis.SentinelBackend):
+class SentinelBackend(_Patient, _Discreet, celery.backends.redis.SentinelBackend):
     """Subscribes to a result when somebody waits for it."""
 
     ResultConsumer = ResultConsumer

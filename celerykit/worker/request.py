@@ -53,7 +53,7 @@ def _place(request: Any) -> tuple[int, int]:
 def _described(payload: Any, look: Look, sent: Mapping[str, Any]) -> dict[str, str]:
     try:
         args, kwargs, _ = payload
-        made = look.arguments(args, kwargs)
+        made: tuple[str, ...] = look.arguments(args, kwargs)
         given = (_given(sent.get("argsrepr"), args), _given(sent.get("kwargsrepr"), kwargs))
         if any(given):
             secrets = Secrets(look.secrets(args, kwargs))
