@@ -23,7 +23,7 @@ from celery import states
 from celery.exceptions import Ignore, Reject, TaskRevokedError, WorkerShutdown, WorkerTerminate
 from celery.exceptions import Retry as StockRetry
 
-from celerykit import again, bulk, claiming, loops, redact, running, schedules
+from celerykit import again, bulk, claiming, loops, redact, running, schedules, sentry
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
@@ -511,6 +511,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         if bound is None:
             return cast("R", self._entered(request, call))
         # Until the run is over: Celery and others speak of it after it has ended here.
+        sentry.cover(bound.secrets)
         setattr(request, running.SECRETS, bound)
         try:
             return cast("R", self._entered(request, call))
