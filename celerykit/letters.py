@@ -14,10 +14,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 from weakref import WeakKeyDictionary
 
-from celerykit import events
+from celerykit import events, looks
 from celerykit.dead_letters import Filter, Letter, described
 from celerykit.errors import EnqueueError, LetterNotFound
 from celerykit.letter_queues import Held, LetterQueue, declare, letter_of, letter_queue, publish
+from celerykit.looks import STOCK, Look
 from celerykit.publishing import UnreachableBroker, sending
 from celerykit.replay import Change, Refusal, Replay, Report, edited
 
@@ -185,6 +186,13 @@ class DeadLetters:
         """Write each letter, arguments included, as a line of JSON; a body that is not JSON as base64."""
         for letter in self.find(**which):
             yield json.dumps(described(letter, arguments=True), default=str)
+
+    def shown(self, letter: Letter) -> dict[str, Any]:
+        """Write a letter as plain data, with what is secret in its arguments masked."""
+        return looks.letter(described(letter, arguments=True), self._look)
+
+    def _look(self, name: Any) -> Look:
+        return getattr(self._app.tasks.get(name), "look", None) or STOCK
 
     def parameters(self, letter: Letter) -> Sequence[str]:
         """Name the parameters that a letter's positional arguments are for; none if its task is not known here."""

@@ -10,7 +10,7 @@ as much is looked at as will be shown.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from numbers import Number
 from typing import Any, get_origin
@@ -20,7 +20,7 @@ from celerykit.contract import Contract
 from celerykit.marks import EACH, RESULT, all_names, names_at, parts_of
 from celerykit.masks import mask_text
 
-__all__ = ["DEEPEST", "LONGEST", "STOCK", "Look", "told"]
+__all__ = ["DEEPEST", "LONGEST", "STOCK", "Look", "letter", "told"]
 
 #: The most characters of a description, as Celery's ``argsrepr_maxsize``.
 LONGEST = 1024
@@ -128,6 +128,10 @@ class Look:
         shown = [self._masked(self._name_at(place), value) for place, value in enumerate(args)]
         return shown, {name: self._masked(self._owner_of(name), value) for name, value in kwargs.items()}
 
+    def masked_result(self, value: Any) -> Any:
+        """Give a result as it is, but for what is secret in it."""
+        return self._masked(RESULT, value)
+
     def _masked(self, name: str, value: Any) -> Any:
         return redact.clean({name: value}, self._names)[name]
 
@@ -192,6 +196,68 @@ class Look:
 
 #: How Celery's own tasks are written, and what is not known here: those that send items hold other tasks' arguments.
 STOCK = Look(None, ("it",))
+
+
+# Messages
+
+
+def letter(facts: Mapping[str, Any], look_of: Callable[[Any], Look]) -> dict[str, Any]:
+    """
+    Mask what is secret in a dead letter that was written as plain data.
+
+    Args:
+        look_of:
+            Gives the look of a task, by name.
+    """
+    shown = {**facts}
+    headers = dict(redact.clean(facts["headers"]))
+    if "body" in facts:
+        name, (args, kwargs), shown["body"] = _body(facts, look_of)
+        look = look_of(name)
+        headers |= dict(zip(("argsrepr", "kwargsrepr"), look.arguments(args, kwargs), strict=True))
+        secrets = redact.Secrets(look.secrets(args, kwargs))
+        shown["note"] = redact.scrubbed(facts["note"], secrets)
+    else:
+        # What cannot be read cannot be masked.
+        shown["body_bytes"] = len(shown.pop("body_base64", "")) * 3 // 4
+        headers |= {name: redact.MASK for name in ("argsrepr", "kwargsrepr") if name in headers}
+    shown["headers"] = headers
+    return shown
+
+
+def _body(facts: Mapping[str, Any], look_of: Callable[[Any], Look]) -> tuple[Any, tuple[Any, Any], Any]:
+    body, name = facts["body"], facts["headers"].get("task")
+    if isinstance(body, Mapping):  # Celery's first protocol
+        name = name or body.get("task")
+        args, kwargs = _arguments(body.get("args"), body.get("kwargs"))
+        masked = look_of(name).masked(args, kwargs)
+        rest = {key: _signatures(value, look_of) for key, value in body.items()}
+        return name, (args, kwargs), {**rest, **dict(zip(("args", "kwargs"), masked, strict=True))}
+    if isinstance(body, list) and len(body) == 3:
+        args, kwargs = _arguments(body[0], body[1])
+        return name, (args, kwargs), [*look_of(name).masked(args, kwargs), _signatures(body[2], look_of)]
+    return name, ([], {}), redact.clean(body)
+
+
+def _arguments(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    return args if isinstance(args, list) else [], kwargs if isinstance(kwargs, dict) else {}
+
+
+def _signatures(value: Any, look_of: Callable[[Any], Look]) -> Any:
+    """Mask the arguments of calls that follow on one."""
+    if isinstance(value, list):
+        return [_signatures(item, look_of) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    shown = {key: _signatures(item, look_of) for key, item in value.items()}
+    if "task" in value and isinstance(value.get("args"), list) and isinstance(value.get("kwargs"), dict):
+        args, kwargs = look_of(value["task"]).masked(value["args"], value["kwargs"])
+        inner = _signatures(kwargs, look_of) if str(value["task"]).startswith("celery.") else kwargs
+        shown |= {"args": args, "kwargs": inner}
+    return shown
+
+
+# Results
 
 
 class _Told:

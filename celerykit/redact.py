@@ -42,6 +42,7 @@ __all__ = [
     "is_secret_name",
     "running",
     "scrub",
+    "scrubbed",
     "secrets_in",
     "unbind",
 ]
@@ -261,6 +262,17 @@ def scrub(text: str) -> str:
     for secrets in running():
         text = secrets.scrub(text)
     return text
+
+
+def scrubbed(value: Any, secrets: Secrets) -> Any:
+    """Give JSON values with *secrets* taken out of each text."""
+    if isinstance(value, str):
+        return secrets.scrub(value)
+    if isinstance(value, Mapping):
+        return {key: scrubbed(item, secrets) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrubbed(item, secrets) for item in value]
+    return value
 
 
 # What is shown

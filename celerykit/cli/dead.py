@@ -1,8 +1,9 @@
 """
 ``celerykit dead``: what no worker could finish.
 
-Arguments of calls may be secret. They are shown by ``show``, ``edit`` and
-``export``, which a person asks for, and by nothing else.
+Arguments of calls may be secret. ``show`` masks what is marked so, and what is
+called so, unless told to reveal it; ``edit`` and ``export`` work on messages as
+they are.
 """
 
 from __future__ import annotations
@@ -141,10 +142,12 @@ def _line(note: Note) -> str:
 @dead.command()
 @_for_letters
 @click.argument("letter")
+@click.option("--reveal", is_flag=True, help="Also what is secret in its arguments.")
 @_JSON
-def show(letters: DeadLetters, *, letter: str, in_json: bool) -> None:
-    """Show a letter whole, arguments included."""
-    facts = described(letters.get(letter), arguments=True)
+def show(letters: DeadLetters, *, letter: str, reveal: bool, in_json: bool) -> None:
+    """Show a letter whole, arguments included, secrets masked."""
+    found = letters.get(letter)
+    facts = described(found, arguments=True) if reveal else letters.shown(found)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str) if in_json else _shown(facts))
 
 
@@ -155,7 +158,7 @@ def _shown(facts: Mapping[str, Any]) -> str:
         note[name] = _time(note.get(name))
     lines = [f"{name:15} {value}" for name, value in note.items() if value not in ("", [], None)]
     lines += [f"{'attempt':15} {_time(row['started'])}  {row['outcome']}  {row['error']}" for row in ledger]
-    body = facts["body"] if "body" in facts else facts["body_base64"]
+    body = facts["body"] if "body" in facts else facts.get("body_base64", f"{facts.get('body_bytes')} bytes")
     lines += ["", "body", json.dumps(body, indent=2, ensure_ascii=False)]
     lines += ["", "headers", json.dumps(facts["headers"], indent=2, ensure_ascii=False, default=str)]
     return "\n".join([*lines, "", traceback.rstrip()]).rstrip()

@@ -2,7 +2,8 @@
 ``celerykit keys``: which calls hold which keys.
 
 Results of calls may be secret. They are shown by ``show --result``, which a
-person asks for, and by nothing else.
+person asks for, and by nothing else; what is marked as secret in them, or
+called so, only with ``--reveal``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import click
 from celerykit.cli.finding import found_app
 from celerykit.errors import CelerykitError, InvalidOptions, InvalidPayload
 from celerykit.idempotency.claim import State
+from celerykit.looks import STOCK
 
 if TYPE_CHECKING:
     from celerykit.keys import Held, Keyring
@@ -121,16 +123,27 @@ def _short(key: str) -> str:
 @click.option("--kwargs", metavar="JSON", help='What it is called with: {"amount": 5}.')
 @click.option("--key", "given", metavar="TEXT", help="What it was given with using(key=…), beside its arguments.")
 @click.option("--id", "call_id", metavar="ID", help="Instead of arguments: the call's id.")
-@click.option("--result", "with_result", is_flag=True, help="Also its result, which may be secret.")
+@click.option("--result", "with_result", is_flag=True, help="Also its result, secrets masked.")
+@click.option("--reveal", is_flag=True, help="Also what is secret in its result.")
 @_JSON
 def show(
-    app: Any, keyring: Keyring, *, key: str | None, task_name: str | None, with_result: bool, in_json: bool, **call: Any
+    app: Any,
+    keyring: Keyring,
+    *,
+    key: str | None,
+    task_name: str | None,
+    with_result: bool,
+    reveal: bool,
+    in_json: bool,
+    **call: Any,
 ) -> None:
     """Show what is known of a key."""
     if (key is None) is (task_name is None) or (key is not None and any(call.values())):
         raise click.UsageError("Which key? Name it, or a call of --task by its --args and --kwargs, or its --id.")
     held = keyring.get(key) if key is not None else _of_call(app, keyring, str(task_name), **call)
-    facts = _facts(held, with_result=with_result)
+    facts = _facts(held, with_result=with_result or reveal)
+    if "result" in facts and not reveal:
+        facts["result"] = (getattr(app.tasks.get(held.task), "look", None) or STOCK).masked_result(facts["result"])
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if in_json else _shown(held, facts))
 
 
