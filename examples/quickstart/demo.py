@@ -1,20 +1,24 @@
 """
 See celerykit work on this machine: an embedded Valkey, a stock `celery worker`, and the shop.
 
-Started by `make demo`. Everything it starts, it stops, also on Ctrl-C.
+Started by `make demo`. Everything it starts, it stops, also on Ctrl-C. What the worker says of each part is shown as it
+says it: events with facts, out of its log of JSON lines.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from celerykit.dev.processes import Process
@@ -40,26 +44,72 @@ def show(code: str, call: Callable[[], object]) -> None:
     say(f"\n>>> {code}\n{outcome}\n    {(time.perf_counter() - started) * 1000:.0f} ms")
 
 
+#: Of an event that is shown: the most, and the facts, in this order.
+_MOST_SHOWN = 12
+_FACTS = ("text", "attempt", "then", "reason", "error", "delay", "wait_ms", "run_ms", "correlation_id", "tenant")
+
+#: What happens for every call, and is only counted.
+_COUNTED = ("task.received", "task.started", "task.succeeded", "task.sent")
+
+
+class Log:
+    """A worker's log: a file of JSON lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._shown = 0
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines() if line.startswith("{")]
+
+    def count(self, event: str) -> int:
+        return sum(line["event"] == event for line in self.lines())
+
+    def tell(self, *, all_of: str = "") -> None:
+        """Show what the worker has said since the last time; of one task, every event."""
+        lines = self.lines()
+        new, self._shown = lines[self._shown :], len(lines)
+        counted: Counter[str] = Counter()
+        told = []
+        for line in new:
+            if line["event"] in _COUNTED and line.get("task") != all_of:
+                counted[line["event"]] += 1
+            elif "id" in line:
+                told.append(line)
+        if counted or told:
+            say("\n    the worker's log:")
+        for line in told[:_MOST_SHOWN]:
+            say(f"    {_in_a_line(line)}")
+        rest = counted + Counter(line["event"] for line in told[_MOST_SHOWN:])
+        if rest:
+            say("    and " + ", ".join(f"{count} x {event}" for event, count in rest.items()))
+
+
+def _in_a_line(line: Mapping[str, Any]) -> str:
+    facts = " ".join(f"{name}={str(line[name]).splitlines()[0][:60]}" for name in _FACTS if line.get(name) is not None)
+    return f"{line['timestamp'][11:23]} {line['event']:22} {line.get('task', ''):18} {facts}"
+
+
 @contextlib.contextmanager
-def worker(env: dict[str, str]) -> Iterator[Path]:
-    """Run a stock worker, and give the file it logs to."""
+def worker(env: dict[str, str]) -> Iterator[Log]:
+    """Run a stock worker, and give its log."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "worker.log"
+        log = Log(Path(folder) / "worker.log")
         command = [sys.executable, "-m", "celery", "-A", "shop", "worker", "--loglevel", "INFO", "--concurrency", "2"]
-        with log.open("wb") as output:
+        with log.path.open("wb") as output:
             process = Process(command, env=env, cwd=HERE, output=output)
         try:
-            wait_for(lambda: " ready." in log.read_text(), of=process, log=log)
+            wait_for(lambda: log.count("worker.ready") > 0, of=process, log=log)
             yield log
         finally:
             process.stop(grace=10)
 
 
-def wait_for(condition: Callable[[], bool], *, of: Process, log: Path) -> None:
+def wait_for(condition: Callable[[], bool], *, of: Process, log: Log) -> None:
     deadline = time.monotonic() + READY_WITHIN
     while not condition():
         if of.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"the worker did not start:\n{log.read_text()}")
+            raise SystemExit(f"the worker did not start:\n{log.path.read_text()}")
         time.sleep(0.05)
 
 
@@ -141,9 +191,9 @@ def crashes() -> None:
     order = Order(order_id=uuid4(), amount=Decimal("19.90"))
 
     say("\n== A process is killed in the middle of a task: the task comes back")
-    result = pack.delay(order)
+    result = pack.delay(order, seconds=2.0)
     victim = running_in(result.id)
-    say(f"\npack.delay(order) runs in process {victim}; kill -9 {victim}")
+    say(f"\npack.delay(order, seconds=2.0) runs in process {victim}; kill -9 {victim}")
     os.kill(victim, signal.SIGKILL)
     show("result.get()   # the process that finished it", lambda: result.get(timeout=RESULT_WITHIN))
 
@@ -169,7 +219,7 @@ def wait_until(condition: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.05)
 
 
-def retries(log: Path) -> None:
+def retries() -> None:
     from shop import Order, book_courier
 
     say("\n== Retries are data: printed before they happen, and then they happen")
@@ -177,8 +227,6 @@ def retries(log: Path) -> None:
     say(f"\n>>> print(book_courier.retry_policy.describe())\n{book_courier.retry_policy.describe()}")
     order = Order(order_id=uuid4(), amount=Decimal("19.90"))
     show("book_courier.delay(order).get()", lambda: book_courier.delay(order).get(timeout=RESULT_WITHIN))
-    waits = [line.partition("retry: ")[2] for line in log.read_text().splitlines() if "book_courier" in line]
-    say("\n".join(f"    {wait}" for wait in waits if wait))
 
 
 def dead_letters() -> None:
@@ -205,6 +253,19 @@ def dead_letters() -> None:
     show("app.dead_letters.count(task=ship)", lambda: app.dead_letters.count(task=ship))
 
 
+def one_story() -> None:
+    from shop import Card, ShopContext, app, verify
+
+    card = Card(holder="Ada", number="4242424242424242")
+
+    say("\n== One id from a request to the last retry, and no secret in any of it")
+    with ShopContext.bound(correlation_id="req-8f2", tenant="acme"):
+        result = verify.delay(card)
+    say("\n>>> with ShopContext.bound(correlation_id='req-8f2', tenant='acme'): result = verify.delay(card)")
+    show("result.get()", lambda: result.get(timeout=RESULT_WITHIN))
+    wait_until(lambda: app.dead_letters.count(task=verify) == 1, "the letter was not written")
+
+
 def demo() -> None:
     # SIGTERM unwinds as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -216,13 +277,18 @@ def demo() -> None:
         log = stack.enter_context(worker(dict(os.environ)))
         say(f"ready after {time.perf_counter() - started:.1f} s")
         sys.path.insert(0, str(HERE))
-        typed_calls()
-        each_key_once()
-        wrong_calls()
-        crashes()
-        retries(log)
-        dead_letters()
-        ran = log.read_text().count("succeeded in")
+        for part, all_of in (
+            (typed_calls, ""),
+            (each_key_once, "shop.pay"),
+            (wrong_calls, ""),
+            (crashes, "shop.pack"),
+            (retries, "shop.book_courier"),
+            (dead_letters, "shop.ship"),
+            (one_story, "shop.verify"),
+        ):
+            part()
+            log.tell(all_of=all_of)
+        ran = log.count("task.succeeded")
         say(f"\n{ran} tasks succeeded, {time.perf_counter() - started:.1f} s in all. Stopping everything ...")
 
 

@@ -1,5 +1,5 @@
 """
-A small shop: everything an app needs, and eight tasks.
+A small shop: everything an app needs, and nine tasks.
 
 Run its worker with Celery's own command::
 
@@ -16,10 +16,17 @@ from uuid import UUID, uuid4
 
 from pydantic import BaseModel, Field
 
-from celerykit import Backoff, CeleryKit, Key, Once, Retry, Task
+from celerykit import Backoff, CeleryKit, Context, Key, Once, Redact, Retry, Task
+
+
+class ShopContext(Context):
+    """What each call takes along, beside whose request it was."""
+
+    tenant: str | None = None
+
 
 # The broker and everything else come from the environment: CELERY_BROKER_URL, CELERY_RESULT_BACKEND, ...
-app = CeleryKit("shop")
+app = CeleryKit("shop", context=ShopContext)
 
 Currency = Literal["EUR", "USD"]
 
@@ -100,3 +107,19 @@ def ship(order: Order, country: str) -> str:
     if country not in ("DE", "FR", "PT"):
         raise NoSuchCountry(country)
     return f"on its way to {country}"
+
+
+class Card(BaseModel):
+    holder: str
+    number: Annotated[str, Redact()]
+
+
+class CardDeclined(Exception):
+    """The bank says no."""
+
+
+@app.task(retry=Retry({CardDeclined: Backoff(base=0.2)}, attempts=2))
+def verify(card: Card) -> bool:
+    """Ask a bank that declines everything, and quotes the number of the card."""
+    print(f"asking the bank about {card.number}")
+    raise CardDeclined(f"card {card.number} of {card.holder} is not known")

@@ -65,7 +65,7 @@ def test_the_first_screen_works_as_shown(environment: dict[str, str], tmp_path: 
 def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
     program = (
         "from time import monotonic\nfrom typing import Any\nfrom celerykit import Call, CeleryKit, Next\n"
-        + blocks("python")[3]
+        + blocks("python")[4]
         + "app.conf.task_always_eager = True\n@app.task\ndef add(a: int, b: int) -> int:\n    return a + b\n"
         + "print(add.delay(1, 2).get())\n"
     )
@@ -77,7 +77,7 @@ def test_the_step_shown_is_a_step(tmp_path: Path) -> None:
 
 
 def test_the_policies_shown_can_be_declared(tmp_path: Path) -> None:
-    first, policies, keys, _ = blocks("python")
+    first, policies, keys, _, _ = blocks("python")
     program = (
         "from datetime import timedelta\nfrom celerykit import Backoff, Concurrent, Dead, Rate, Retry\n\n"
         + first
@@ -90,6 +90,22 @@ def test_the_policies_shown_can_be_declared(tmp_path: Path) -> None:
     assert run(program, cwd=tmp_path) == "5 bury 86400.0 2\n"
 
 
+def test_the_context_shown_goes_along(tmp_path: Path) -> None:
+    shown = blocks("python")[3].replace("...", "print(ShopContext.current())", 1)
+    program = (
+        "from typing import Annotated\nfrom pydantic import BaseModel\n"
+        "from celerykit import CeleryKit, Context, Redact\n"
+        + shown.replace("with Shop", "app.conf.task_always_eager = True\nwith Shop")
+        + "print(ShopContext.current())"
+    )
+
+    inside, outside = run(program, cwd=tmp_path).splitlines()
+
+    assert "correlation_id='req-8f2'" in inside
+    assert "tenant='acme'" in inside
+    assert "acme" not in outside
+
+
 def test_every_default_that_differs_is_listed() -> None:
     table = README.partition("undoes them all:")[2].partition("## ")[0]
 
@@ -97,4 +113,4 @@ def test_every_default_that_differs_is_listed() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert 77 <= len(README.splitlines()) <= 210
+    assert 77 <= len(README.splitlines()) <= 236
