@@ -151,6 +151,10 @@ class Look:
         named += [(self._owner_of(name), value) for name, value in kwargs.items()]
         return [text for name, value in named for text in redact.secrets_in(value, self._names, name=name)]
 
+    def secrets_of_result(self, value: Any) -> list[str]:
+        """Give the secret texts in what a task returned."""
+        return [*redact.secrets_in(value, self._names, name=RESULT)]
+
     @cached_property
     def _may_hold_secrets(self) -> bool:
         if self._contract is None or self._names:

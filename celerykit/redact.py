@@ -158,8 +158,16 @@ class Secrets:
     """The secret values of one call."""
 
     def __init__(self, values: Iterable[str]) -> None:
+        self.values: frozenset[str] = frozenset()
+        self.add(values)
+
+    def add(self, values: Iterable[str]) -> None:
+        """Know more of them."""
         # One that is all asterisks is its own mask.
-        self.values = frozenset(value for value in values if len(value) >= _SHORTEST and value.strip("*"))
+        new = {value for value in values if len(value) >= _SHORTEST and value.strip("*")}
+        self.values = self.values | new
+        for made in ("_forms", "_heads"):
+            vars(self).pop(made, None)
 
     def scrub(self, text: str) -> str:
         """Give *text* without them, in any of the ways they are written within another text."""
@@ -219,14 +227,18 @@ _running: ContextVar[Secrets | None] = ContextVar("celerykit_secrets", default=N
 _active: dict[int, Secrets] = {}
 
 
-def bind(values: Iterable[str]) -> Bound | None:
+def bind(values: Iterable[str], *, expects_more: bool = False) -> Bound | None:
     """
     Make these the secret values of the running call, until `unbind`; ``None`` when there are none.
 
     A call that runs within another one has the secrets of that, too.
+
+    Args:
+        expects_more:
+            Whether some will be known later.
     """
     secrets = Secrets(values)
-    if not secrets.values:
+    if not secrets.values and not expects_more:
         return None
     outer = _running.get()
     if outer is not None:

@@ -27,12 +27,13 @@ from celerykit import again, bulk, claiming, loops, redact, running, schedules, 
 from celerykit.call import Call, Later, Next, Step, Stopped, compose, validated
 from celerykit.canvas import Signature
 from celerykit.contract import Contract
-from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, KeyConflict, TaskInterrupted
+from celerykit.errors import DuplicateCall, InvalidOptions, InvalidPayload, KeyConflict, ResultMismatch, TaskInterrupted
 from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Identity, Once, Skipped, once
 from celerykit.idempotency.keys import check_marks
 from celerykit.limits import Limits, Rule, limited
 from celerykit.looks import STOCK, Look, told
+from celerykit.marks import RESULT
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
 from celerykit.retry import DROPPED, Retry, Snooze, retried
@@ -429,6 +430,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             # `typing=False` is Celery's way to say that callers are not checked.
             if self._speaks_for_finished(options) or (not self.typing and isinstance(error, InvalidPayload)):
                 return args, kwargs
+            # A validator of the user's may have quoted what it was given.
+            scrub_error(error, redact.Secrets(self.look.secrets(args, kwargs)))
             raise
 
     def _refusing(self, args: Any, kwargs: Any, options: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -507,7 +510,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return self.run(*args, **kwargs)
         setattr(request, again.ENTERED, time.time())
         call = self._call(request, args, kwargs)
-        bound = redact.bind(self.look.secrets(args, kwargs))
+        bound = redact.bind(self.look.secrets(args, kwargs), expects_more=self._contract.has_secrets)
         if bound is None:
             return cast("R", self._entered(request, call))
         # Until the run is over: Celery and others speak of it after it has ended here.
@@ -551,6 +554,8 @@ class Task(celery.Task[P, R], Generic[P, R]):
             if isinstance(error, DuplicateCall) and not isinstance(error, KeyConflict) and not hasattr(request, _RAN):
                 # What it was to do is done, or has a letter of its own.
                 vars(error)[DROPPED] = True
+            if isinstance(error, ResultMismatch):
+                scrub_error(error, redact.Secrets(self.look.secrets_of_result(error.value)))
             again.note_failed(error)
             if DROPPED in vars(error):
                 again.raise_dropped(error)
@@ -657,6 +662,9 @@ class Task(celery.Task[P, R], Generic[P, R]):
     def _run(self, call: Call) -> Any:
         run: Callable[..., Any] = partial(self.run, *call.args, **call.kwargs)
         setattr(self.request, _RAN, True)
+        if self._contract.has_secrets:  # which are encrypted in the message
+            values = self._contract.secret_values(call.args, call.kwargs)
+            getattr(self.request, running.SECRETS).secrets.add(redact.secrets_in(values, (RESULT,), name=RESULT))
         try:
             if self._coroutine_function is not None and loops.is_running():
                 return loops.in_thread(partial(self._run_with, self.request, run))
