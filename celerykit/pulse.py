@@ -83,6 +83,9 @@ class Sign(NamedTuple):
             Seconds of silence that are in order beyond what a probe allows;
             ``None`` when its loop is not to turn.
 
+        due:
+            Seconds until the next sign, beyond what a probe allows.
+
         task:
             What keeps the loop from turning, and may.
 
@@ -103,6 +106,7 @@ class Sign(NamedTuple):
     is_ready: bool
     silence: float
     within: float | None
+    due: float = 0.0
     task: str | None = None
     stuck: dict[str, Any] | None = None
 
@@ -136,6 +140,7 @@ class Sign(NamedTuple):
                 is_ready=facts["is_ready"] is True,
                 silence=_number(facts["silence"]),
                 within=None if facts["within"] is None else _number(facts["within"]),
+                due=_number(facts.get("due", 0.0)),
                 task=_text(facts.get("task")),
                 stuck=facts.get("stuck") if isinstance(facts.get("stuck"), dict) else None,
             )
@@ -225,6 +230,7 @@ class Pulse:
         is_ready: bool,
         silence: float = 0.0,
         within: float | None = None,
+        due: float = 0.0,
         task: str | None = None,
         stuck: dict[str, Any] | None = None,
     ) -> None:
@@ -253,6 +259,7 @@ class Pulse:
             is_ready=is_ready,
             silence=silence,
             within=within,
+            due=due,
             task=task,
             stuck=stuck,
         )
@@ -261,7 +268,7 @@ class Pulse:
             self._write(folder, sign.dump())
             if not self._has_swept:
                 self._has_swept = True
-                _sweep(folder, self.kind, self.name)
+                _sweep(folder, self.kind, self.name, but=self._file)
         finally:
             os.close(folder)
 
@@ -306,10 +313,10 @@ def _safe(name: str) -> str:
     return f"{safe[:150]}-{blake2b(name.encode(errors='replace'), digest_size=6).hexdigest()}"
 
 
-def _sweep(folder: int, kind: str, name: str) -> None:
+def _sweep(folder: int, kind: str, name: str, *, but: str) -> None:
     """Remove what processes of this name left that are gone, and what is forgotten."""
     for found in _read(folder, kind):
-        if found.sign is None or found.is_gone is not True:
+        if found.sign is None or found.is_gone is not True or found.file == but:
             continue
         if found.sign.name == name or age_of(found.sign) > _FORGOTTEN:
             _remove(folder, found.file)
@@ -474,9 +481,9 @@ def ail(found: Found, *, max_age: float = MAX_AGE, ready: bool = False) -> str |
     if found.is_gone:
         return f"process {sign.pid} is gone, and did not end as it should: killed, or out of memory. Start it again."
     age = age_of(sign)
-    if age > max_age:
+    if age > (allowed := sign.due + max_age):
         return (
-            f"process {sign.pid} gave its last sign of life {age:.0f} s ago, and {max_age:g} s are allowed. It is "
+            f"process {sign.pid} gave its last sign of life {age:.0f} s ago; {allowed:.0f} s are allowed. It is "
             "stopped, starved, or held by code that lets nothing else run. Restart it."
         )
     return _ail_within(sign, age + sign.silence, max_age) or (_ail_unready(sign) if ready else None)

@@ -50,9 +50,9 @@ class Vitals:
         if pause <= _PAUSE and self._told is not None and self._told[0] == state and now - self._told[1] < _PAUSE:
             return
         self._told = (state, now)
-        within = pause + _PAUSE + self._longest
         try:
-            self._pulse.tell(state, is_ready=state != "without_store", within=within)
+            due = max(pause, _PAUSE) + self._longest
+            self._pulse.tell(state, is_ready=state != "without_store", due=due)
         except OSError as error:
             if not self._has_warned:
                 hint = "Set CELERYKIT_HEALTH_DIR to a directory that this user may write to."

@@ -131,7 +131,7 @@ def _say_nothing(question: _Question, line: str) -> int:
 def _say(question: _Question, found: list[Found]) -> int:
     problems = [ail(one, max_age=question.max_age, ready=question.ready) for one in found]
     if question.in_json:
-        processes = [_facts(one, problem) for one, problem in zip(found, problems, strict=True)]
+        processes = [_facts(question, one, problem) for one, problem in zip(found, problems, strict=True)]
         facts = {"kind": question.kind, "healthy": not any(problems), "processes": processes}
         sys.stdout.write(json.dumps(facts) + "\n")
     else:
@@ -150,7 +150,7 @@ def _line(question: _Question, found: Found, problem: str | None) -> str:
     return f"{who}: well, {sign.state.replace('_', ' ')} for {sign.since:.0f} s{doing}"
 
 
-def _facts(found: Found, problem: str | None) -> dict[str, Any]:
+def _facts(question: _Question, found: Found, problem: str | None) -> dict[str, Any]:
     sign = found.sign
     if sign is None:
         return {"file": found.file, "healthy": False, "problem": problem}
@@ -159,7 +159,7 @@ def _facts(found: Found, problem: str | None) -> dict[str, Any]:
         "pid": sign.pid,
         "healthy": problem is None,
         "problem": problem,
-        "ready": sign.is_ready and ail(found) is None,
+        "ready": ail(found, max_age=question.max_age, ready=True) is None,
         "state": sign.state,
         "since": round(sign.since, 3),
         "age": round(age_of(sign), 3),
