@@ -128,9 +128,11 @@ class Counting:
         outcome = _OUTCOMES.get(state, "failed") if state != "RETRY" else _kind(request, retval)
         self._numbers.count(names.FINISHED, task.name, queue, outcome)
 
-    def _on_revoked(self, request: Any = None, terminated: bool = False, expired: bool = False, **_: Any) -> None:
-        task, queue = self.task(getattr(request, "name", None)), self._queue_of(request)
-        if terminated and request.time_start:
+    def _on_revoked(
+        self, sender: Any = None, request: Any = None, terminated: bool = False, expired: bool = False, **_: Any
+    ) -> None:
+        task, queue = self.task(getattr(sender, "name", None)), self._queue_of(request)
+        if terminated:
             self._numbers.count(names.FINISHED, task, queue, "terminated")
         else:
             self._numbers.count(names.REVOKED, task, queue, "expired" if expired else "revoked")

@@ -20,6 +20,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,6 +37,9 @@ __all__ = ["Files"]
 _MmapedDict: Any = mmap_dict.MmapedDict
 
 _PREFIX = "celerykit-metrics-"
+
+#: Seconds for which a folder is left alone, whose worker may be about to lock it.
+_YOUNG = 60.0
 
 #: Held by a worker, and by its children, as long as they live.
 _LOCK = "lock"
@@ -59,15 +63,22 @@ class Files:
         self.write_as("main")
         # Another thread may hold it at the moment of a fork.
         os.register_at_fork(after_in_child=self._unlock)
-        atexit.register(self._remove, os.getpid())
+        self._owner = os.getpid()
+        atexit.register(self._remove)
 
     def write_as(self, place: str) -> None:
         """Write to other files from now on; no other process may write to them at the same time."""
-        # Nothing is closed: the files of the process that we were forked from are mapped here, too.
+        # In a child these are its own copies: its parent's stay open.
+        self._close()
         self._unlock()
+        self._keys = {}
         self._numbers = {
             kind: _MmapedDict(str(self.folder / f"{kind}_{place}.db")) for kind in ("counter", "histogram")
         }
+
+    def _close(self) -> None:
+        for numbers in self._numbers.values():
+            numbers.close()
 
     def _unlock(self) -> None:
         self._lock = threading.Lock()
@@ -83,17 +94,28 @@ class Files:
     def measure(self, metric: Metric, seconds: float, *labels: str) -> None:
         """Put a time into a histogram."""
         known = self._keys.get((metric, *labels))
+        numbers = self._numbers["histogram"]
         if known is None:
             known = self._keys[(metric, *labels)] = _histogram_keys(metric, labels)
+            with self._lock:
+                # All of them are told, the empty ones too: sums over several histograms need them.
+                for bucket in known[1]:
+                    numbers.read_value(bucket)
         total, buckets = known
-        numbers = self._numbers["histogram"]
         with self._lock:
             _add(numbers, buckets[bisect_left(BUCKETS, seconds)], 1.0)
             _add(numbers, total, seconds)
 
-    def _remove(self, owner: int) -> None:
+    def close(self) -> None:
+        """Remove them, and count no more. For who does not end with his process."""
+        self._close()
+        os.close(self._held)
+        atexit.unregister(self._remove)
+        self._remove()
+
+    def _remove(self) -> None:
         # A child that ends as a program does is not the worker.
-        if os.getpid() == owner:
+        if os.getpid() == self._owner:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -129,4 +151,7 @@ def _sweep() -> None:
 
 
 def _left() -> Iterator[Path]:
-    return (path.parent for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"))
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):
+            if time.time() - lock.stat().st_mtime > _YOUNG:
+                yield lock.parent

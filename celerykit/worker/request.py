@@ -145,7 +145,8 @@ class Request(_Stock):  # type: ignore[misc]
                 self.acknowledge()
 
     def _tell_cut_off(self, error: Any) -> None:
-        if self.time_start and isinstance(error, TimeLimitExceeded | WorkerLostError):
+        is_its_end = isinstance(error, TimeLimitExceeded | WorkerLostError) and not self._already_revoked
+        if is_its_end and self.time_start:
             reason = "timed_out" if isinstance(error, TimeLimitExceeded) else "lost"
             queue = Headers.of(self.request_dict).queue or self.delivery_info.get("routing_key")
             events.TASK_CUT_OFF.tell(task=self.name, id=self.id, queue=queue, reason=reason)
