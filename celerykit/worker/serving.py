@@ -47,7 +47,7 @@ _FRESH = 5.0
 _ASKING = 3.0
 
 #: Seconds until a port that was taken is tried again.
-_AGAIN = 5.0
+_AGAIN = 2.0
 
 #: Seconds that somebody who connects has to ask.
 _IDLE = 10.0

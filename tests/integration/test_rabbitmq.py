@@ -19,6 +19,7 @@ import pytest
 
 from celerykit import CeleryKit, EnqueueError
 from celerykit.dev.servers import Server
+from celerykit.queues import Depth, look
 from tests import services
 from tests.integration.conftest import ROOT, SHOP
 
@@ -363,3 +364,17 @@ def test_a_queue_s_own_dead_letter_exchange_gets_no_second_letter(rabbitmq: Any,
             for name in ("own", "own.dead", "own.letters")
         }
     assert counts == {"own": 0, "own.dead": 0, "own.letters": 3}
+
+
+def test_what_is_ready_and_what_is_delayed_is_told_without_making_a_queue(rabbitmq: Any) -> None:
+    ping = ping_at(rabbitmq.url, "depths")
+    for _ in range(3):
+        ping.delay()
+    before = look(ping.app, ["depths"]).delayed
+    ping.apply_async(countdown=600)
+
+    depths = look(ping.app, ["depths", "nowhere"])
+
+    assert depths.queues["depths"] == Depth(ready=3, consumers=0)
+    assert depths.queues["nowhere"] == look(ping.app, ["nowhere"]).queues["nowhere"] == Depth(ready=0, missing=True)
+    assert depths.delayed == (before or 0) + 1
