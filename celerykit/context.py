@@ -82,7 +82,9 @@ class Context(BaseModel):
     """
 
     # A newer or older deploy has other fields.
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", populate_by_name=True, hide_input_in_errors=True, ser_json_inf_nan="constants"
+    )
 
     correlation_id: Annotated[str, Field(max_length=_LONGEST_ID, pattern=r"^[\x21-\x7e]+$")] | None = None
     traceparent: Annotated[str, AfterValidator(_traceparent)] | None = None
