@@ -157,11 +157,19 @@ class Look:
 
     @cached_property
     def _may_hold_secrets(self) -> bool:
-        if self._contract is None or self._names:
+        if self._contract is None:
             return True
         types = self._contract.types
-        names = all_names({name: types.get(name, Any) for name in self._contract.parameters.names})
-        return names is None or any(map(redact.is_secret_name, names))
+        return self._may_hold({name: types.get(name, Any) for name in self._contract.parameters.names})
+
+    @cached_property
+    def may_return_secrets(self) -> bool:
+        """Whether a result may have something in it that is secret."""
+        return self._contract is None or self._may_hold({RESULT: self._contract.returns})
+
+    def _may_hold(self, types: Mapping[str, Any]) -> bool:
+        names = all_names(types)
+        return names is None or any(name in self._names or redact.is_secret_name(name) for name in names)
 
     @cached_property
     def hides_result(self) -> bool:

@@ -44,6 +44,7 @@ __all__ = [
     "scrub",
     "scrubbed",
     "secrets_in",
+    "shown",
     "unbind",
 ]
 
@@ -148,7 +149,7 @@ def _with_parts(text: str) -> Iterator[str]:
 
 
 _SCHEME = re.compile(r"(?:bearer|basic|token|digest)\s+(\S{3,})", re.IGNORECASE)
-_LONG_LINE = 12
+_LONG_LINE = 8
 
 #: Of what is longer, so much at its beginning gives it away: texts that are too long are cut.
 _LONG, _HEAD = 24, 16
@@ -196,19 +197,26 @@ class Secrets:
         return [form[:_HEAD] for form in self._forms if len(form) > _LONG]
 
 
-def _forms(value: str) -> Iterator[str]:
-    for written in (value, repr(value)[1:-1], ascii(value)[1:-1], json.dumps(value)[1:-1], _json(value)):
-        yield written
-        yield repr(written)[1:-1]
-        yield written.replace("'", "\\'")
-        yield written.replace('"', '\\"')
+def _forms(value: str) -> set[str]:
+    """Give the ways in which a text is written within texts, and within texts in these."""
+    if _PLAINLY.fullmatch(value):
+        return {value}
     encoded = value.encode(errors="surrogatepass")
-    yield repr(encoded)[2:-1]
-    yield from (quote(encoded), quote(encoded, safe=""), quote_plus(encoded))
+    urls = {quote(encoded), quote(encoded, safe=""), quote_plus(encoded)}
+    once = _written(value)
+    return urls | once.union(*map(_written, once))
 
 
-def _json(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)[1:-1]
+_PLAINLY = re.compile(r"[\w.-]+", re.ASCII)
+
+
+def _written(text: str) -> set[str]:
+    """Write a text as Python and as JSON do. Which quotes Python escapes depends on what else is in the text."""
+    encoded = text.encode(errors="surrogatepass")
+    forms = {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+    for written in (repr(f"\"'{text}")[4:-1], ascii(f"\"'{text}")[4:-1], repr(b"\"'" + encoded)[5:-1]):
+        forms |= {written, written.replace("\\'", "'")}
+    return forms
 
 
 # The running call
@@ -227,22 +235,18 @@ _running: ContextVar[Secrets | None] = ContextVar("celerykit_secrets", default=N
 _active: dict[int, Secrets] = {}
 
 
-def bind(values: Iterable[str], *, expects_more: bool = False) -> Bound | None:
+def bind(values: Iterable[str]) -> Bound | None:
     """
     Make these the secret values of the running call, until `unbind`; ``None`` when there are none.
 
     A call that runs within another one has the secrets of that, too.
-
-    Args:
-        expects_more:
-            Whether some will be known later.
     """
     secrets = Secrets(values)
-    if not secrets.values and not expects_more:
+    if not secrets.values:
         return None
     outer = _running.get()
     if outer is not None:
-        secrets = Secrets(secrets.values | outer.values)
+        secrets.add(outer.values)
     _active[id(secrets)] = secrets
     return Bound(secrets, _running.set(secrets))
 
@@ -314,7 +318,7 @@ def clean(value: Any, names: Collection[str] = (), *, deep: int = 0) -> Any:
         return {str(key): _cleaned(key, item, within, deep) for key, item in pairs}
     if isinstance(value, list | tuple | set | frozenset):
         return [clean(item, names, deep=deep + 1) for item in value]
-    return _shown(value)
+    return scrub(shown(value))
 
 
 def _cleaned(name: Any, value: Any, names: Collection[str], deep: int) -> Any:
@@ -333,12 +337,11 @@ def _pairs_of(value: Any) -> Iterable[tuple[Any, Any]] | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Write an object for people, whatever its repr does."""
     if isinstance(value, SecretStr | SecretBytes):
         return MASK
-    if isinstance(value, BaseException):
-        return scrub(f"{type(value).__name__}: {value}")
     try:
-        return scrub(repr(value))
+        return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
     except Exception:  # noqa: BLE001  (an edge: a repr of anybody's)
         return f"<{type(value).__name__}>"

@@ -60,14 +60,18 @@ def _without(value: Any, secrets: tuple[Secrets, ...], deep: int) -> Any:
         for some in secrets:
             value = some.scrub(value)
         return value
-    if isinstance(value, int | float):
+    if value is None or isinstance(value, int | float):
         return redact.MASK if any(str(value) in some.values for some in secrets) else value
     if deep > _DEEPEST:
-        return value
+        return redact.MASK
     if isinstance(value, dict):
         return {key: _without(item, secrets, deep + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([_without(item, secrets, deep + 1) for item in value])
+    if type(value) in (list, tuple):
+        return [_without(item, secrets, deep + 1) for item in value]
     if hasattr(value, "metadata") and hasattr(value, "value"):  # Sentry's own, around what it has shortened
         value.value = _without(value.value, secrets, deep + 1)
-    return value
+        return value
+    # Sentry writes it by its repr, which is later.
+    shown = redact.shown(value)
+    scrubbed = _without(shown, secrets, deep + 1)
+    return value if scrubbed == shown else scrubbed

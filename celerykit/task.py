@@ -510,25 +510,32 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return self.run(*args, **kwargs)
         setattr(request, again.ENTERED, time.time())
         call = self._call(request, args, kwargs)
-        bound = redact.bind(self.look.secrets(args, kwargs), expects_more=self._contract.has_secrets)
-        if bound is None:
-            return cast("R", self._entered(request, call))
-        # Until the run is over: Celery and others speak of it after it has ended here.
-        sentry.cover(bound.secrets)
-        setattr(request, running.SECRETS, bound)
         try:
+            self._learn(request, self.look.secrets(args, kwargs))
             return cast("R", self._entered(request, call))
         except Exception as error:
-            scrubbed = scrub_error(error, bound.secrets)
+            bound: redact.Bound | None = getattr(request, running.SECRETS, None)
+            scrubbed = error if bound is None else scrub_error(error, bound.secrets)
             if scrubbed is error:
                 raise
         raise scrubbed
+
+    def _learn(self, request: Any, secrets: Iterable[str]) -> None:
+        """Keep secrets of a call out of what is told until its run is over: Celery and others go on after its end."""
+        bound: redact.Bound | None = getattr(request, running.SECRETS, None)
+        if bound is not None:
+            bound.secrets.add(secrets)
+        elif (bound := redact.bind(secrets)) is not None:
+            setattr(request, running.SECRETS, bound)
+            sentry.cover(bound.secrets)
 
     def _entered(self, request: Any, call: Call) -> Any:
         try:
             result = self._pipeline(call)
             if self.claims is not None and request.callbacks and not request.is_eager:
                 _name_callbacks(request)
+            if self.look.may_return_secrets:
+                self._learn(request, self.look.secrets_of_result(result))
             return result if request.is_eager else told(result, self.look)
         except Stopped as stopped:
             if isinstance(stopped.by, StockRetry):
@@ -664,7 +671,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
         setattr(self.request, _RAN, True)
         if self._contract.has_secrets:  # which are encrypted in the message
             values = self._contract.secret_values(call.args, call.kwargs)
-            getattr(self.request, running.SECRETS).secrets.add(redact.secrets_in(values, (RESULT,), name=RESULT))
+            self._learn(self.request, redact.secrets_in(values, (RESULT,), name=RESULT))
         try:
             if self._coroutine_function is not None and loops.is_running():
                 return loops.in_thread(partial(self._run_with, self.request, run))

@@ -91,7 +91,10 @@ class Request(_Stock):  # type: ignore[misc]
         look = getattr(more.get("task"), "look", None)
         if look is not None and Headers.of(headers).contract is None:
             # Nobody who knows what is secret in it has described it.
-            headers = {**headers, **_described(body if decoded else message.payload, look, {} if decoded else headers)}
+            described = _described(body if decoded else message.payload, look, {} if decoded else headers)
+            headers = {**headers, **described}
+            if not decoded:  # as whoever buries the message, or sends it on, writes it
+                message.headers.update(described)
         super().__init__(message, headers=headers, body=body, decoded=decoded, **more)
 
     def info(self, safe: bool = False) -> dict[str, Any]:
