@@ -26,8 +26,9 @@ _SECRET_NAME = re.compile(rf"{_WORDS}|^security_key|(^|_)(auth|key|sig|args|kwar
 #: From ``://`` to the last ``@``: a password may hold ``/``, ``;``, ``#``, ``@`` and blanks itself.
 _USER = re.compile(r"://([^:@/?#;\s]*)(:?).*@", re.DOTALL)
 
-#: ``?password=…`` in a URL, ``AccountKey=…`` in a connection string.
-_PAIR = re.compile(rf"([\w.-]*(?:{_WORDS}|\bkey|sig)[\w.-]*=)[^&;#\s]*", re.IGNORECASE)
+#: ``?password=…`` in a URL, ``AccountKey=…`` in a connection string. Begins where a name does, and takes all of it at
+#: once: the message of an error may be long, and be one word.
+_PAIR = re.compile(rf"(?<![\w.-])(?=[\w.-]*(?:{_WORDS}|\bkey|sig))([\w.-]++=)[^&;#\s]*", re.IGNORECASE)
 
 
 def is_secret(name: str) -> bool:
@@ -43,7 +44,13 @@ def mask_text(text: str) -> str:
     URL of its own; otherwise all up to the last ``@`` is masked.
     """
     urls = re.split(r"(?<=[;,])(?=[A-Za-z][\w+.]*://)", text)
-    return "".join(_PAIR.sub(rf"\1{MASK}", _USER.sub(_mask_user, url)) for url in urls)
+    return "".join(_PAIR.sub(rf"\1{MASK}", _mask_users(url)) for url in urls)
+
+
+def _mask_users(url: str) -> str:
+    # What comes behind the last @ has no user, and may be long.
+    before, at, behind = url.rpartition("@")
+    return _USER.sub(_mask_user, before + at) + behind
 
 
 def _mask_user(match: re.Match[str]) -> str:
