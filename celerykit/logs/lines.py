@@ -20,7 +20,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from uuid import UUID
 
 from structlog.contextvars import get_contextvars
@@ -116,9 +116,9 @@ def fields_of(record: logging.LogRecord, *, worker: str | None = None) -> Fields
     _describe_error(facts)
     context = _context(facts)
     if redact.is_active():
-        event, facts, context = redact.scrub(event), redact.clean(facts), redact.clean(context)
+        event, facts, context = redact.scrub(event), _cleaned(facts), _cleaned(context)
     elif not is_ours:
-        facts = redact.clean(facts)
+        facts = _cleaned(facts)
     fields: Fields = {"timestamp": _timestamp(record), "level": record.levelname.lower(), "event": event}
     for name, value in facts.items():
         fields[f"{name}_" if name in _RESERVED else name] = value
@@ -150,6 +150,20 @@ def _said(record: logging.LogRecord) -> tuple[str, Fields, bool]:
     for name in vars(record).keys() - _OWN:
         facts[name] = vars(record)[name]
     return _message(record), facts, False
+
+
+def _cleaned(facts: Fields) -> Fields:
+    try:
+        return cast("Fields", redact.clean(facts))
+    except Exception:  # noqa: BLE001  (an edge: a key, or an error, that cannot be written)
+        return {name: _cleaned_alone(name, value) for name, value in facts.items()}
+
+
+def _cleaned_alone(name: str, value: Any) -> Any:
+    try:
+        return redact.clean({name: value})[name]
+    except Exception:  # noqa: BLE001  (as above; what cannot be cleaned may be a secret)
+        return f"<{type(value).__name__}>"
 
 
 #: What of structlog's is said otherwise.
@@ -210,10 +224,17 @@ def _add_error(fields: Fields, record: logging.LogRecord) -> None:
 def _describe_error(facts: Fields) -> None:
     error = facts.get("error")
     if isinstance(error, BaseException):
-        facts["error"] = describe(error)
+        facts["error"] = _described(error)
         if "error_fingerprint" not in facts:
             text = _writer.formatException((type(error), error, error.__traceback__))
             facts["error_fingerprint"] = error_fingerprint(type(error).__name__, text)
+
+
+def _described(error: BaseException) -> str:
+    try:
+        return describe(error)
+    except Exception:  # noqa: BLE001  (an edge: an error that cannot be written)
+        return type(error).__name__
 
 
 def _exception_of(exc_info: Any) -> Any:
@@ -227,7 +248,7 @@ def _add_exception(fields: Fields, exc_info: Any, record: logging.LogRecord) -> 
         return
     text = record.exc_text or _writer.formatException(exc_info)
     if "error" not in fields:
-        fields["error"] = redact.scrub(describe(exc_info[1]))
+        fields["error"] = redact.scrub(_described(exc_info[1]))
     fields.setdefault("error_fingerprint", error_fingerprint(exc_info[0].__name__, text))
     fields["traceback"] = redact.scrub(text)
 
@@ -251,7 +272,7 @@ def _add_trace(fields: Fields) -> None:
 def _plain(value: Any) -> Any:
     """Give something that JSON has, for something that it has not."""
     if isinstance(value, BaseException):
-        return describe(value)
+        return _described(value)
     if isinstance(value, timedelta):
         return round(value.total_seconds(), 6)
     if isinstance(value, date | time_of_day):
@@ -390,7 +411,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, BaseException):
-        return _shown(describe(value))
+        return _shown(_described(value))
     text = value if isinstance(value, str) else _text_of(_careful(value, _CLIPS[1]))
     text = _clipped(text, _CLIPS[1])
     return repr(text) if not text or any(character.isspace() for character in text) else text

@@ -41,7 +41,7 @@ BACKLOG = 4 * 1024 * 1024
 _FLUSH_WITHIN = 2.0
 
 #: Seconds between two looks at a pipe that nobody reads, and at one that has room, but not for a long line.
-_LOOK, _TICK = 0.5, 0.01
+_LOOK, _TICK = 0.5, 0.002
 
 
 def handler_for(stream: Any) -> logging.Handler:
@@ -85,8 +85,15 @@ class _Pipe:
         self.fd = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def write(self, data: bytes) -> int:
-        _check_room(self.fd, len(data))
-        return os.write(self.fd, data)
+        if len(data) <= select.PIPE_BUF:
+            return os.write(self.fd, data)
+        # One long line at a time: each looks for room first.
+        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            _check_room(self.fd, len(data))
+            return os.write(self.fd, data)
+        finally:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -140,6 +147,10 @@ class _Shared:
 _CANNOT = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ESPIPE)
 
 
+#: What a pipe is made of, and how many of them others may take while a long line is written.
+_PAGE, _SPARE = 4096, 2
+
+
 def _check_room(fd: int, size: int) -> None:
     """
     Raise for a long line that would have to be written in two goes.
@@ -149,10 +160,12 @@ def _check_room(fd: int, size: int) -> None:
     """
     if size <= select.PIPE_BUF or not hasattr(fcntl, "F_GETPIPE_SZ"):
         return
-    capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+    pages = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) // _PAGE
     [held] = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))
-    # Whole pages are taken. Half of its room is a guess on the safe side; an empty pipe has what it ever will have.
-    if held and (capacity - held) // 2 < size:
+    # Two neighbours hold more than a page together, or they would be one. The first may be read in part.
+    taken = 2 * held // _PAGE + 2
+    # An empty pipe has what it ever will have.
+    if held and pages - taken < size // _PAGE + 2 + _SPARE:
         raise BlockingIOError(errno.EAGAIN, "not enough room")
 
 
