@@ -23,7 +23,7 @@ __all__ = ["App", "AppNotLoaded", "environment", "look_up", "vacant_port"]
 _LOOK_UP_WITHIN = 60.0
 _TICK = 0.1
 
-_FROM_DOTENV = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CELERYKIT_LOG_LEVEL")
+_FROM_DOTENV = ("CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CELERYKIT_LOG_LEVEL", "CELERYKIT_LOG_FORMAT")
 
 
 class AppNotLoaded(CelerykitError):

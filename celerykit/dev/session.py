@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import queue
 import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -33,6 +34,9 @@ _BLAMED_ON_CHANGE = 15.0
 #: Signals that come within this many seconds of the first are the same one, passed on.
 _SAME_CTRL_C = 0.5
 _TICK = 0.1
+
+#: Unless somebody has asked for another: what is a pipe to the project's processes ends on a terminal.
+_FOR_PEOPLE = {"CELERYKIT_LOG_FORMAT": "text"}
 
 #: What a change restarts. Flower holds no code of the project, and would forget what it has seen.
 _RELOADED = ("worker", "beat")
@@ -75,7 +79,9 @@ def run(plan: Plan) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(_signals())
         stack.enter_context(_only_one(plan.folder))
-        env = {**environment(), "PYTHONUNBUFFERED": "1"}
+        env = {**_FOR_PEOPLE, **environment(), "PYTHONUNBUFFERED": "1"}
+        if sys.stdout.isatty():
+            env.setdefault("FORCE_COLOR", "1")
         try:
             app = look_up(plan.app, env=env, connect=True, give_up=signals.stop_asked)
         except AppNotLoaded:

@@ -21,6 +21,7 @@ from celery.apps import beat as stock_beat
 from celery.apps import worker as stock_worker
 
 from celerykit import events
+from celerykit.masks import MASK, mask_text
 
 __all__ = ["Beat", "Worker"]
 
@@ -64,8 +65,8 @@ class Worker(_Worker):  # type: ignore[misc]
         events.WORKER_STARTING.tell(
             version=celery.__version__,
             app=self.app.main,
-            broker=self.app.connection().as_uri(),
-            backend=self.app.backend.as_uri(),
+            broker=_url_of(self.app.connection_for_read()),
+            backend=_url_of(self.app.backend),
             pool=_name_of(self.pool_cls),
             concurrency=self.concurrency,
             queues=list(self.app.amqp.queues.consume_from),
@@ -85,6 +86,14 @@ class Worker(_Worker):  # type: ignore[misc]
                 handler = signal.getsignal(number)
                 if callable(handler):
                     signal.signal(number, _wordless(handler))
+
+
+def _url_of(what: Any) -> str:
+    """Give an address without passwords: of several in one, Kombu masks only the first."""
+    try:
+        return mask_text(str(what.as_uri()))
+    except ValueError:
+        return MASK
 
 
 def _name_of(pool: Any) -> str:
@@ -132,7 +141,7 @@ class Beat(_Beat):  # type: ignore[misc]
             events.BEAT_STARTING.tell(
                 version=celery.__version__,
                 app=self.app.main,
-                broker=self.app.connection().as_uri(),
+                broker=_url_of(self.app.connection_for_write()),
                 scheduler=scheduler if isinstance(scheduler, str) else cast("Any", scheduler).__qualname__,
                 entries=len(self.app.conf.beat_schedule),
             )

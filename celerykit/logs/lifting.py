@@ -23,6 +23,7 @@ from celerykit import events
 from celerykit.dead_letters import error_fingerprint
 from celerykit.errors import InvalidPayload
 from celerykit.events import Event, describe
+from celerykit.masks import mask_text
 
 __all__ = ["LIFTED", "lift"]
 
@@ -119,12 +120,12 @@ def _ready(record: LogRecord) -> tuple[Event, Facts]:
 
 def _connected(record: LogRecord) -> tuple[Event, Facts]:
     [url] = _arguments(record, 1)
-    return events.BROKER_CONNECTED, {"url": url}
+    return events.BROKER_CONNECTED, {"url": mask_text(str(url))}
 
 
 def _unreachable(record: LogRecord) -> tuple[Event, Facts]:
     url, error, then = _arguments(record, 3)
-    return events.BROKER_UNREACHABLE, {"url": url, "error": error, "then": str(then).strip()}
+    return events.BROKER_UNREACHABLE, {"url": mask_text(str(url)), "error": error, "then": str(then).strip()}
 
 
 def _lost(record: LogRecord) -> tuple[Event, Facts] | None:

@@ -202,12 +202,15 @@ def test_queued_work_survives_a_restart_at_the_configured_address(dev, tmp_path)
         assert client.llen("nobody_listens") == 1
 
 
-def test_broker_that_answers_is_used(dev, tmp_path):
+def test_broker_that_answers_is_used_and_lines_are_for_people(dev, tmp_path):
     with valkey(port=0) as server:
-        (tmp_path / "shop.py").write_text(_SHOP.format(broker=None))
+        shop = _SHOP.format(broker=None).replace(
+            "from celery import Celery", "from celerykit import CeleryKit as Celery"
+        )
+        (tmp_path / "shop.py").write_text(shop)
         (tmp_path / ".env").write_text(f"CELERY_BROKER_URL={server.url}\n")
         run = dev(*QUICK)
-        run.wait_for(" ready.")
+        run.wait_for("info     worker.ready")
 
         assert "the broker is the configured one, at redis://" in run.log
         assert run.end() == 0
