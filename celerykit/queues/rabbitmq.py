@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +29,7 @@ PORT, TLS_PORT = 15672, 15671
 #: Seconds that it may take for an answer, and after which it is tried again when it had none.
 _PATIENCE, _PAUSE = 1.0, 60.0
 
-_WANTED = "messages_ready,messages_unacknowledged,consumers,head_message_timestamp"
+_WANTED = "messages_unacknowledged,head_message_timestamp"
 
 #: Until when a plug-in is not asked, by its host.
 _silent: dict[str, float] = {}
@@ -44,7 +45,7 @@ class RabbitMQQueues:
         """Look at the queues of these names."""
         declared = {name: self._declared(name) for name in names}
         told = _told(self._connection, [name for name, depth in declared.items() if not depth.missing])
-        return {name: told.get(name) or depth for name, depth in declared.items()}
+        return {name: replace(depth, **told.get(name, {})) for name, depth in declared.items()}
 
     def delayed(self) -> int | None:
         """Count what is in the queues of delayed delivery, whichever queue it is for."""
@@ -69,14 +70,14 @@ class RabbitMQQueues:
         return Depth(ready=int(answer.message_count), consumers=int(answer.consumer_count))
 
 
-def _told(connection: Any, names: Sequence[str]) -> dict[str, Depth]:
+def _told(connection: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Ask the plug-in, as the user we are anyway; give nothing where it does not answer."""
     host = str(connection.hostname or "localhost")
     if time.monotonic() < _silent.get(host, 0.0):
         return {}
     try:
         with closing(_management(connection, host)) as management:
-            return {name: depth for name in names if (depth := _asked(management, connection, name)) is not None}
+            return {name: _asked(management, connection, name) for name in names}
     except (OSError, HTTPException, ValueError):
         _silent[host] = time.monotonic() + _PAUSE
         return {}
@@ -90,7 +91,7 @@ def _management(connection: Any, host: str) -> HTTPConnection:
     return HTTPSConnection(host, TLS_PORT, timeout=patience, context=ssl.create_default_context(cafile=authority))
 
 
-def _asked(management: HTTPConnection, connection: Any, name: str) -> Depth | None:
+def _asked(management: HTTPConnection, connection: Any, name: str) -> dict[str, Any]:
     password = connection.password() if callable(connection.password) else connection.password
     login = base64.b64encode(f"{connection.userid or 'guest'}:{password or 'guest'}".encode()).decode()
     vhost = connection.virtual_host or "/"
@@ -99,19 +100,15 @@ def _asked(management: HTTPConnection, connection: Any, name: str) -> Depth | No
     response = management.getresponse()
     answer = response.read()
     if response.status == 404:
-        return None
+        return {}
     if response.status != 200:
         # A user may have no right to look.
         raise HTTPException(response.status)
     told = json.loads(answer)
-    if not isinstance(told, dict) or "messages_ready" not in told:
+    if not isinstance(told, dict) or "messages_unacknowledged" not in told:
         # A queue of which there are no numbers yet.
-        return None
+        return {}
     first = told.get("head_message_timestamp")
-    ready = int(told["messages_ready"])
-    return Depth(
-        ready=ready,
-        unacked=int(told.get("messages_unacknowledged", 0)),
-        consumers=told.get("consumers"),
-        oldest_seconds=max(0.0, time.time() - first) if isinstance(first, int | float) else None if ready else 0.0,
-    )
+    age = max(0.0, time.time() - first) if isinstance(first, int | float) else None
+    # What is ready is known better: these numbers may be seconds old.
+    return {"unacked": int(told["messages_unacknowledged"]), "oldest_seconds": age}

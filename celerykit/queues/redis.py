@@ -7,13 +7,11 @@ What is private of Kombu's Redis channel is used here as in `celerykit.redis_bro
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
-
-from celery.utils.time import maybe_iso8601
 
 from celerykit.queues.depth import Depth
 
@@ -33,13 +31,13 @@ end
 return found
 """
 
-#: Of some of the messages that were taken: the tag, the end, which says where it came from, and until when it waits.
+#: Of some of the messages that were taken: the tag, the exchange and the routing key, and until when it waits.
 _TAKEN = """
 local reply = redis.call('HSCAN', KEYS[1], ARGV[1], 'COUNT', ARGV[2])
 local found, items = {reply[1]}, reply[2]
 for i = 1, #items, 2 do
     found[#found + 1] = items[i]
-    found[#found + 1] = string.sub(items[i + 1], -1000)
+    found[#found + 1] = string.match(items[i + 1], ', ?("[^"]*", ?"[^"]*")%]$', -1000) or ''
     found[#found + 1] = string.match(items[i + 1], '"eta": ?"([^"]+)"') or ''
 end
 return found
@@ -49,10 +47,7 @@ return found
 _BATCH = 200
 
 #: Looked at in all; what is beyond counts as if it were like the rest.
-_MOST = 20_000
-
-#: The exchange and the routing key, after the message.
-_PLACE = re.compile(rb',\s*("(?:[^"\\]|\\.)*"),\s*("(?:[^"\\]|\\.)*")\s*\]$')
+_MOST = 10_000
 
 
 class RedisQueues:
@@ -66,7 +61,7 @@ class RedisQueues:
         # Kombu's own client prefixes keys, but not those of every command.
         self._client = Redis(connection_pool=self._channel.pool)
         self._prefix: str = self._channel.global_keyprefix or ""
-        self._known: dict[tuple[str, str], Sequence[str]] = {}
+        self._known: dict[bytes, Sequence[str]] = {}
 
     def depths(self, names: Sequence[str]) -> dict[str, Depth]:
         """Look at the queues of these names."""
@@ -127,25 +122,24 @@ class RedisQueues:
             if int(cursor) == 0 or number >= _MOST:
                 return
 
-    def _queues(self, end: bytes) -> Sequence[str]:
+    def _queues(self, place: bytes) -> Sequence[str]:
         """Name the queues that a message goes back to."""
-        place = _PLACE.search(end)
-        if place is None:
-            return ()
-        exchange, key = json.loads(place[1]), json.loads(place[2])
-        if not exchange:
-            return (key,)
-        # Taken by a stock worker. With Celery's own exchanges, which are direct, it is the queue's name.
-        return self._bound(exchange, key) or (key,)
+        if place not in self._known:
+            try:
+                self._known[place] = self._bound(*json.loads(b"[%s]" % place))
+            except (ValueError, TypeError):
+                # Anybody may have written anything there.
+                self._known[place] = ()
+        return self._known[place]
 
     def _bound(self, exchange: str, routing_key: str) -> Sequence[str]:
-        known = self._known.get((exchange, routing_key))
-        if known is None:
-            members: Any = self._client.smembers(self._prefix + self._channel.keyprefix_queue % exchange)
-            bindings = [tuple(row.decode().split(self._channel.sep)) for row in members]
-            known = tuple(self._channel.typeof(exchange).lookup(bindings, exchange, routing_key, None) or ())
-            self._known[exchange, routing_key] = known
-        return known
+        if not exchange:
+            return (routing_key,)
+        # Taken by a stock worker. With Celery's own exchanges, which are direct, it is the queue's name.
+        members: Any = self._client.smembers(self._prefix + self._channel.keyprefix_queue % exchange)
+        bindings = [tuple(row.decode().split(self._channel.sep)) for row in members]
+        found = self._channel.typeof(exchange).lookup(bindings, exchange, routing_key, None)
+        return tuple(found or (routing_key,))
 
 
 def _age(row: Any, now: float) -> float | None:
@@ -161,6 +155,7 @@ def _age(row: Any, now: float) -> float | None:
 
 def _moment(eta: bytes) -> float:
     try:
-        return float(maybe_iso8601(eta.decode()).timestamp()) if eta else 0.0  # type: ignore[union-attr]
-    except (ValueError, OverflowError, AttributeError):
+        moment = datetime.fromisoformat(eta.decode()) if eta else None
+        return 0.0 if moment is None else (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
         return 0.0

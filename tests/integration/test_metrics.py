@@ -187,7 +187,7 @@ def test_what_stock_workers_have_taken_is_counted_and_prefixes_are_kept_apart(sc
         message = client.lindex("mine.celery", -1).decode()  # type: ignore[union-attr]
         for number in range(3):
             client.hset("mine.unacked", str(number), f'[{message}, "celery", "celery"]')
-        client.hset("mine.unacked", "garbage", "what is this")
+        client.hset("mine.unacked", mapping={"garbage": "what is this", "more": ', "\\x", "celery"]'})
 
     assert look(app).queues["celery"].unacked == 3
     assert look(app).queues["celery"].ready == 1

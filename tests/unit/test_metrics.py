@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -336,6 +337,48 @@ def test_without_a_port_a_worker_has_no_such_step(app: Any) -> None:
 
     assert "celerykit.worker.metrics_step:MetricsStep" in app.steps["worker"]
     assert not MetricsStep(None).include_if(SimpleNamespace(app=app))
+
+
+# What is served
+
+SERVED = """
+import json, sys, time
+from types import SimpleNamespace
+from urllib.request import urlopen
+from urllib.error import HTTPError
+from celerykit import CeleryKit, events
+from celerykit.worker.serving import Server
+
+app = CeleryKit("unit", broker="redis://:hunter2@127.0.0.1:1/0", metrics_port=0, metrics_host="::1")
+told = {}
+events.observe(lambda event, facts: told.setdefault(event.name, facts))
+Server(SimpleNamespace(app=app, pool=SimpleNamespace(num_processes=3))).start()
+deadline = time.monotonic() + 10
+while "metrics.served" not in told and time.monotonic() < deadline:
+    time.sleep(0.01)
+url = told["metrics.served"]["address"]
+found = [urlopen(url, timeout=10).read().decode() for _ in range(2)][1]
+try:
+    urlopen(url.replace("/metrics", "/queues"), timeout=10)
+except HTTPError as error:
+    print(error.code, error.read().decode())
+print("\\n".join(line for line in found.splitlines() if line.startswith("celerykit_")))
+"""
+
+
+def test_a_broker_that_is_away_leaves_out_the_queues_and_nothing_else() -> None:
+    """In a process of its own, which counts from then on."""
+    ended = subprocess.run([sys.executable, "-c", SERVED], capture_output=True, text=True, timeout=30)
+
+    assert "metrics.no_queues error='UnreachableBroker" in ended.stderr
+    assert "hunter2" not in ended.stderr
+    assert ended.stdout.splitlines() == [
+        '503 {"error": "The broker could not be asked."}',
+        "celerykit_tasks_prefetched 0.0",
+        "celerykit_worker_slots 3.0",
+        # Asked once, within some seconds.
+        "celerykit_queue_scrape_errors_total 1.0",
+    ]
 
 
 # Dashboard, alerts and docs

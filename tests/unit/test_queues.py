@@ -128,15 +128,11 @@ CONNECTION = SimpleNamespace(hostname="127.0.0.1", ssl=False, userid="me", passw
 
 
 def test_what_the_management_plugin_tells_is_told(management: Any) -> None:
-    management.answers["/api/queues/shop/celery"] = {
-        "messages_ready": 3,
-        "messages_unacknowledged": 2,
-        "consumers": 1,
-    }
+    management.answers["/api/queues/shop/celery"] = {"messages_unacknowledged": 2, "head_message_timestamp": None}
 
     told = rabbitmq._told(CONNECTION, ["celery", "new"])
 
-    assert told == {"celery": Depth(ready=3, unacked=2, consumers=1)}
+    assert told == {"celery": {"unacked": 2, "oldest_seconds": None}, "new": {}}
     assert [line.split()[:2] for line in management.asked] == [["Basic", "bWU6cGFzcw=="]] * 2
 
 
