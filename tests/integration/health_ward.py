@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from celerykit import CeleryKit
 from celerykit.pulse import Found, age_of, ail, find
 from tests import services
 from tests.integration import health_shop as shop
@@ -24,11 +25,15 @@ class Ward:
     Workers on one broker, one of each pool, each with a queue of the pool's name.
 
     Attributes:
+        app:
+            To send and to ask by. Not the shop's, whose connections are to another test's broker.
+
         folder:
             Where their signs of life are.
     """
 
-    def __init__(self, folder: Path, workers: Mapping[str, services.Worker]) -> None:
+    def __init__(self, app: Any, folder: Path, workers: Mapping[str, services.Worker]) -> None:
+        self.app = app
         self.folder = folder
         self.workers = workers
 
@@ -43,13 +48,13 @@ class Ward:
 
     def tell(self, pool: str, command: str, **arguments: Any) -> None:
         """Give a worker a command, and wait for no answer."""
-        shop.app.control.broadcast(command, destination=[f"{pool}@health"], arguments=arguments)
+        self.app.control.broadcast(command, destination=[f"{pool}@health"], arguments=arguments)
 
     def pings(self, pool: str) -> bool:
-        return bool(shop.app.control.ping(destination=[f"{pool}@health"], timeout=5, limit=1))
+        return bool(self.app.control.ping(destination=[f"{pool}@health"], timeout=5, limit=1))
 
     def send(self, pool: str, task: Any, *args: Any) -> None:
-        task.using(queue=f"health-{pool}").delay(*args)
+        self.app.send_task(task.name, args, queue=f"health-{pool}")
 
     def wait_for(
         self, pool: str, ailment: str | None, *, max_age: float = 3.0, ready: bool = False, within: float = 15.0
@@ -69,7 +74,6 @@ class Ward:
 @contextmanager
 def ward_of(pools: Sequence[str], *, url: str, folder: Path, **env: str) -> Iterator[Ward]:
     """Start a worker of each pool, all at a time, and wait until they are ready."""
-    shop.app.conf.update(broker_url=url)
     signs = folder / "signs"
     told = {"CELERY_BROKER_URL": url, "CELERYKIT_HEALTH_DIR": str(signs), "CELERYKIT_HEALTH_STALL": "1.5", **env}
     workers: dict[str, services.Worker] = {}
@@ -81,7 +85,8 @@ def ward_of(pools: Sequence[str], *, url: str, folder: Path, **env: str) -> Iter
             workers[pool] = services.Worker(command, env={**os.environ, **told}, cwd=ROOT, log=folder / pool)
         for worker in workers.values():
             worker.wait_for_ready(within=30)
-        yield Ward(signs, workers)
+        with CeleryKit("ward", broker=url, set_as_current=False) as app:
+            yield Ward(app, signs, workers)
     finally:
         for worker in workers.values():
             worker.kill()
