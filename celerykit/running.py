@@ -216,6 +216,6 @@ def facts_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:
         "attempt": header.attempt,
         "queue": header.queue,
         "key": header.key,
-        "correlation_id": context.carried(context.Context, header.context, root_id=root_id).shown.get("correlation_id"),
+        **context.carried(context.Context, header.context, root_id=root_id).shown,
     }
     return {name: value for name, value in facts.items() if value is not None}
