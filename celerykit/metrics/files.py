@@ -41,6 +41,9 @@ _PREFIX = "celerykit-metrics-"
 #: Seconds for which a folder is left alone, whose worker may be about to lock it.
 _YOUNG = 60.0
 
+#: Bytes of a file to begin with: the numbers of some thirty tasks.
+_SIZE = 256 * 1024
+
 #: Held by a worker, and by its children, as long as they live.
 _LOCK = "lock"
 
@@ -59,6 +62,7 @@ class Files:
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._held = _locked(self.folder)
         self._numbers: dict[str, Any] = {}
+        self._opened: list[Any] = []
         self._keys: dict[tuple[Any, ...], Any] = {}
         self.write_as("main")
         # Another thread may hold it at the moment of a fork.
@@ -68,17 +72,11 @@ class Files:
 
     def write_as(self, place: str) -> None:
         """Write to other files from now on; no other process may write to them at the same time."""
-        # In a child these are its own copies: its parent's stay open.
-        self._close()
         self._unlock()
         self._keys = {}
-        self._numbers = {
-            kind: _MmapedDict(str(self.folder / f"{kind}_{place}.db")) for kind in ("counter", "histogram")
-        }
-
-    def _close(self) -> None:
-        for numbers in self._numbers.values():
-            numbers.close()
+        self._numbers = {kind: _opened(self.folder / f"{kind}_{place}.db") for kind in ("counter", "histogram")}
+        # Nothing is closed: an embedded beat closes all that it inherits, and these descriptors may be others' by now.
+        self._opened += self._numbers.values()
 
     def _unlock(self) -> None:
         self._lock = threading.Lock()
@@ -108,7 +106,8 @@ class Files:
 
     def close(self) -> None:
         """Remove them, and count no more. For who does not end with his process."""
-        self._close()
+        for numbers in self._opened:
+            numbers.close()
         os.close(self._held)
         atexit.unregister(self._remove)
         self._remove()
@@ -117,6 +116,14 @@ class Files:
         # A child that ends as a program does is not the worker.
         if os.getpid() == self._owner:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _opened(path: Path) -> Any:
+    if hasattr(os, "posix_fallocate"):
+        # A full disk is an error here. Later, it would be the end of the process that writes.
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, _SIZE)
+    return _MmapedDict(str(path))
 
 
 def _add(numbers: Any, key: str, amount: float) -> None:

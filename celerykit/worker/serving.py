@@ -69,18 +69,16 @@ class Numbers:
 
     def _in_child(self, **_: Any) -> None:
         # A solo pool sends this, too, and runs where it is.
-        if os.getpid() != self._pid:
-            self._move(f"child{_process().index}")
-
-    def _in_beat(self, **_: Any) -> None:
-        if os.getpid() != self._pid:
-            self._move("beat")
-
-    def _move(self, place: str) -> None:
-        self.files.write_as(place)
+        if os.getpid() == self._pid:
+            return
+        self.files.write_as(f"child{_process().index}")
         for server in self.servers:
             # Held by a child, the port would be taken for as long as that lives.
             server.close()
+
+    def _in_beat(self, **_: Any) -> None:
+        if os.getpid() != self._pid:
+            self.files.write_as("beat")
 
 
 #: One for a process, which may start a worker more than once, in tests say.
