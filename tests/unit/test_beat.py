@@ -24,6 +24,7 @@ from celerykit.beat import Scheduler, status
 from celerykit.beat.book import entry_key
 from celerykit.beat.lead import leader_key
 from celerykit.beat.ticks import State, Tick
+from celerykit.pulse import ail, find
 from celerykit.schedules import read
 from celerykit.stores import New, Swap
 from celerykit.stores.memory import MemoryStore
@@ -848,6 +849,82 @@ def test_without_a_shared_store_it_is_celerys_own(app: Any, tmp_path: Any, event
     assert isinstance(scheduler, celery.beat.PersistentScheduler)
     assert scheduler.max_interval == 7
     assert events() == ["beat.not_shared"]
+
+
+@pytest.fixture
+def signs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[str, bool]]]:
+    """What the signs of life of this process's beats say: the state, and whether that is all right."""
+    monkeypatch.setenv("CELERYKIT_HEALTH_DIR", str(tmp_path))
+
+    def states() -> list[tuple[str, bool]]:
+        found = find("beat", folder=tmp_path)
+        return [(one.sign.state, ail(one, ready=True) is None) for one in found if one.sign is not None]
+
+    return states
+
+
+def test_a_beat_says_at_its_ticks_whether_it_leads(signs: Any) -> None:
+    world = World(every(10))
+    beat = world.beat()
+    assert signs() == []
+
+    world.run(1)
+    assert signs() == [("leading", True)]
+    beat.wire.is_cut = True
+    world.run(40)
+    assert signs() == [("without_store", False)]
+    beat.wire.is_cut = False
+    world.run(40)
+    assert signs() == [("leading", True)]
+    beat.close()
+    assert signs() == []
+
+
+def test_a_beat_that_stands_by_says_so(signs: Any) -> None:
+    world = World(every(10))
+    first, second = world.beat(), world.beat()
+    first.tick()
+    second.tick()
+
+    assert signs() == [("standing_by", True)]
+
+
+def test_a_beat_says_until_when_it_will_be_silent(signs: Any, tmp_path: Any) -> None:
+    world = World(every(86400))
+    pause = world.beat().tick()
+
+    [one] = find("beat", folder=tmp_path)
+
+    # A tick may take as long as its claim.
+    assert one.sign is not None
+    assert pause <= 10
+    assert pause + LEASE <= one.sign.due <= pause + LEASE + 2
+
+
+def test_without_a_shared_store_a_beat_says_that_it_is_alone(app: Any, tmp_path: Any, signs: Any, events: Any) -> None:
+    make: Any = Scheduler
+    scheduler = make(app, schedule_filename=str(tmp_path / "beat"))
+
+    assert scheduler.tick() <= 10
+    assert signs() == [("alone", True)]
+    scheduler.close()
+    assert signs() == []
+
+
+def test_signs_of_a_beat_that_cannot_be_written_are_missed_once(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CELERYKIT_HEALTH_DIR", str(tmp_path / "file"))
+    world = World(every(10))
+    world.beat()
+
+    world.run(60)
+
+    assert len(world.sent) == 6
+    assert [record.getMessage().split()[0] for record in caplog.records if record.name == "celerykit.health"] == [
+        "health.not_written"
+    ]
 
 
 def test_a_stock_app_is_told_that_it_cannot_have_it() -> None:

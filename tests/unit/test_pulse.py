@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kombu
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
@@ -19,7 +20,7 @@ from celerykit import pulse
 from celerykit.cli import health
 from celerykit.cli.commands import celerykit
 from celerykit.pulse import Found, Pulse, Sign, UnusableFolder, age_of, ail, find
-from celerykit.worker.pulse import Progress, Stuck
+from celerykit.worker.pulse import Progress, Stuck, _is_for_all
 
 SIGN = Sign(
     kind="worker",
@@ -592,3 +593,17 @@ def test_one_is_stuck_until_something_comes() -> None:
 @pytest.mark.parametrize(("stall", "pause"), [(60, 10), (3600, 10), (6, 1), (0.6, 0.5)])
 def test_looks_come_often_enough(stall: float, pause: float) -> None:
     assert Progress(stall).pause == pause
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_watched"),
+    [
+        ({}, True),
+        ({"queue_arguments": {"x-queue-type": "quorum"}}, True),
+        ({"queue_arguments": {"x-single-active-consumer": True}}, False),
+        ({"queue_arguments": {"x-queue-type": "stream"}}, False),
+        ({"consumer_arguments": {"x-priority": 5}}, False),
+    ],
+)
+def test_a_queue_that_does_not_serve_everybody_is_not_waited_for(arguments: dict[str, Any], is_watched: bool) -> None:
+    assert _is_for_all(kombu.Queue("celery", **arguments)) is is_watched
