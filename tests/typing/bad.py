@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from good import Order, Receipt, app, charge, fetch, mail, order, pay, ship
 
-from celerykit import Backoff, Once, Retry, remember
+from celerykit import Backoff, CeleryKit, Context, Once, Retry, remember
 
 charge.delay(1)  # wrong: the type of an argument
 charge.delay()  # wrong: a missing argument
@@ -55,6 +55,10 @@ remember(1)  # wrong: without the transaction it is recorded in
 Retry({"OSError": Backoff()})  # wrong: the name of an exception, and not its class
 Retry(OSError, attempts="3")  # wrong: the type of an option of a policy
 app.dead_letters.find(resaon="failed")  # wrong: a misspelt filter
+
+CeleryKit("shop", context=Order)  # wrong: no context
+Context.current().tenant  # wrong: a field of somebody else's context
+Context.of_request("x-request-id")  # wrong: no headers
 
 
 async def g() -> None:

@@ -18,6 +18,7 @@ from celerykit import (
     Backoff,
     Call,
     CeleryKit,
+    Context,
     Dead,
     DuplicateCall,
     Key,
@@ -205,3 +206,18 @@ assert_type(
     app.dead_letters.replay(error="Declined", rate="20/s", edit=lambda args, kwargs: (args, kwargs)).replayed, int
 )
 assert_type(app.dead_letters.purge(reason="expired"), int)
+
+
+# Context.
+class ShopContext(Context):
+    tenant: str | None = None
+
+
+CeleryKit("shop", context=ShopContext)
+
+with ShopContext.bound(ShopContext.of_request({"X-Request-ID": "1"}), tenant="acme") as bound:
+    assert_type(bound, ShopContext)
+    assert_type(ShopContext.current(), ShopContext)
+    assert_type(Context.current().correlation_id, str | None)
+
+assert_type(ShopContext.of_request([(b"x-request-id", b"1")]).tenant, str | None)
