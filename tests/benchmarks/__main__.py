@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from tests.benchmarks import report, suites
-from tests.benchmarks.lanes import Case, Lane, Place, RunsFirstCalls, Sender, Worker, place
+from tests.benchmarks.lanes import Case, Lane, Place, RunsFirstCalls, Sender, Tells, Worker, place
 from tests.benchmarks.subjects import ADD_ONS, Subject, is_installed
 from tests.benchmarks.suites import Pace
 
@@ -45,12 +45,14 @@ def _measured(where: Place, *, quick: bool) -> dict[str, Any]:
     groups: list[tuple[type[Lane], list[Case]]] = [
         *((Sender, group) for group in sent),
         *((Worker, group) for group in suites.groups_of(run)),
+        *((Tells, group) for group in suites.groups_of(suites.LOGS)),
         *((RunsFirstCalls, group) for group in suites.groups_of(suites.RUN_FIRST)),
     ]
     rounds = suites.measure(where, pace, groups)
     tables = [
         report.send_one_table(suites.ONE, rounds),
         report.run_table(run, rounds),
+        report.logs_table(suites.LOGS, rounds),
         report.send_many_table(suites.MANY, rounds),
         *report.keyed_tables(
             (suites.FIRST, suites.AGAIN, suites.RUN_FIRST),

@@ -11,12 +11,13 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import IO, Any, Self, cast
 from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
@@ -27,7 +28,7 @@ from celerykit.dev.servers import Server, find_binary
 from tests.benchmarks.child import BULK, FOUND, GO, commands
 from tests.benchmarks.subjects import SUBJECT, TALLY, URL, Subject, argument_for, arguments_for, declare
 
-__all__ = ["Case", "Figures", "Lane", "Place", "RunsFirstCalls", "Sender", "Worker", "place"]
+__all__ = ["Case", "Figures", "Lane", "Place", "RunsFirstCalls", "Sender", "Tells", "Worker", "place"]
 
 #: What one measurement found, by name: microseconds of CPU or by the clock, and commands, for one call.
 Figures = dict[str, float]
@@ -155,10 +156,15 @@ class Lane:
             time.sleep(_TICK)
 
     def _started(self) -> Process:
-        ours = {TALLY: str(self.tally), URL: self.url, SUBJECT: self.case.subject.written()}
-        env: Mapping[str, str] = {**os.environ, "PYTHONPATH": str(_ROOT), **ours}
         with self._log.open("wb") as output:
-            return Process([sys.executable, "-m", *self.command()], env=env, output=output)
+            return self._start(output)
+
+    def _start(self, output: int | IO[bytes]) -> Process:
+        ours = {TALLY: str(self.tally), URL: self.url, SUBJECT: self.case.subject.written()}
+        if self.case.subject.log_format:
+            ours["CELERYKIT_LOG_FORMAT"] = self.case.subject.log_format
+        env: Mapping[str, str] = {**os.environ, "PYTHONPATH": str(_ROOT), **ours}
+        return Process([sys.executable, "-m", *self.command()], env=env, output=output)
 
 
 class Sender(Lane):
@@ -183,13 +189,15 @@ class Worker(Lane):
     #: Enough for both children.
     _warm_up = 200
 
+    level = "WARNING"
+
     @property
     def pool(self) -> str:
         return self.case.how
 
     def command(self) -> list[str]:
         words = ["celery", "-A", "tests.benchmarks.node", "worker", f"--pool={self.pool}", "--concurrency=2"]
-        return [*words, "--loglevel=WARNING", "--without-mingle", "--without-gossip", "--without-heartbeat"]
+        return [*words, f"--loglevel={self.level}", "--without-mingle", "--without-gossip", "--without-heartbeat"]
 
     def warm_up(self) -> None:
         self._message = self.where.message_of(self.case.subject)
@@ -222,6 +230,26 @@ class Worker(Lane):
         parent = psutil.Process(self.process.pid)
         times = [process.cpu_times() for process in (parent, *parent.children(recursive=True))]
         return float(sum(spent.user + spent.system for spent in times))
+
+
+class Tells(Worker):
+    """A prefork worker that logs each call, to a pipe that somebody reads."""
+
+    pool, level = "prefork", "INFO"
+
+    def _started(self) -> Process:
+        reading, writing = os.pipe()
+        try:
+            process = self._start(writing)
+        finally:
+            os.close(writing)
+        threading.Thread(target=self._read, args=(reading,), daemon=True).start()
+        return process
+
+    def _read(self, pipe: int) -> None:
+        with os.fdopen(pipe, "rb", buffering=0) as lines, self._log.open("wb", buffering=0) as log:
+            while some := lines.read(1 << 16):
+                log.write(some)
 
 
 class RunsFirstCalls(Worker):

@@ -12,7 +12,16 @@ from statistics import median, quantiles
 from tests.benchmarks.lanes import Figures
 from tests.benchmarks.suites import Round, Row
 
-__all__ = ["Table", "contract_table", "keyed_tables", "machine", "run_table", "send_many_table", "send_one_table"]
+__all__ = [
+    "Table",
+    "contract_table",
+    "keyed_tables",
+    "logs_table",
+    "machine",
+    "run_table",
+    "send_many_table",
+    "send_one_table",
+]
 
 _PACKAGES = ("celery", "kombu", "redis", "pydantic")
 
@@ -49,6 +58,17 @@ def run_table(rows: Sequence[Row], rounds: Sequence[Round]) -> Table:
         note="All processes of a worker; prefork has two children. All have Celery's defaults (early acks, prefetch "
         "4), so that only typing differs, but for the line that says otherwise (late acks, prefetch 1). Target: "
         "celerykit's CPU at most 1.10 x stock's.",
+        columns=["variant", "CPU us", "wall us", "Redis commands", "CPU / stock", "target"],
+        cells=[_per_call(row, _with(row, rounds)) for row in rows],
+    )
+
+
+def logs_table(rows: Sequence[Row], rounds: Sequence[Round]) -> Table:
+    return Table(
+        title="Logging one call",
+        note="As above, with prefork, but at level INFO, to a pipe that is read. celerykit tells one event more a call "
+        "(`task.started`), and each with its ids. Target: with JSON, CPU at most 1.10 x stock's with text; it has all "
+        "that celerykit does beside. The last line has celerykit without its logs.",
         columns=["variant", "CPU us", "wall us", "Redis commands", "CPU / stock", "target"],
         cells=[_per_call(row, _with(row, rounds)) for row in rows],
     )

@@ -65,11 +65,15 @@ class Subject:
 
         own_defaults:
             Whether celerykit's defaults hold, instead of Celery's.
+
+        log_format:
+            How celerykit writes its log; ``None`` leaves it to itself.
     """
 
     flavour: Flavour
     results: bool
     own_defaults: bool = False
+    log_format: str | None = None
 
     @classmethod
     def read(cls, text: str) -> Self:

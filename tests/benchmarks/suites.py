@@ -19,6 +19,7 @@ from tests.benchmarks.subjects import ADD_ONS, Flavour, Subject, is_installed
 __all__ = [
     "AGAIN",
     "FIRST",
+    "LOGS",
     "MANY",
     "ONE",
     "RUN",
@@ -139,6 +140,21 @@ RUN = [
 ]
 
 FIRST, AGAIN, RUN_FIRST = _keyed("first", results=False), _keyed("again", results=False), _keyed("keys", results=True)
+
+#: Of a task that does nothing, every call of which is told.
+_TOLD = Case("logs", Subject("dict", results=False))
+
+LOGS = [
+    Row("stock, text", case=_TOLD, stock=_TOLD),
+    *(
+        Row(f"celerykit, {name}", Case("logs", Subject("celerykit", False, log_format=kind)), _TOLD, target=target)
+        for name, kind, target in (
+            ("JSON", "json", 1.10),
+            ("text", "text", None),
+            ("Celery's own text", "celery", None),
+        )
+    ),
+]
 
 RUN_QUICKLY = [row for row in RUN if row.case.how == "prefork" and row.case.subject.flavour != "pydantic"]
 
