@@ -34,6 +34,7 @@ __all__ = [
     "PostgreSQL",
     "RabbitMQ",
     "Worker",
+    "chromium",
     "eventually",
     "frozen",
     "missing",
@@ -357,6 +358,12 @@ def sentinel(server: Server, *, name: str = "shop") -> Iterator[str]:
             yield f"sentinel://127.0.0.1:{port}/0?master_name={name}"
         finally:
             process.kill_group()
+
+
+def chromium() -> str:
+    """Find a browser that runs without a screen."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    return found or missing("Chromium", get_it_with="apt-get install chromium")
 
 
 @contextmanager

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any, cast
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.saferepr import saferepr
+from celery.utils.serialization import get_pickled_exception
 from celery.utils.time import maybe_iso8601
 from celery.worker import request as stock
 from celery.worker import state
+from kombu.utils.encoding import safe_repr
 
 from celerykit import events, running
 from celerykit.errors import InvalidPayload, TaskInterrupted, Undeliverable
@@ -83,6 +85,7 @@ class Request(_Stock):  # type: ignore[misc]
     may_start: Any = None
 
     _ending: Ending | None = None
+    _error: Any = None
     _is_buried = False
     _was_success_stored: Any = None
 
@@ -129,7 +132,7 @@ class Request(_Stock):  # type: ignore[misc]
         if isinstance(error_in(exc_info), WorkerLostError) and not is_raised and self._is_given_back_as_done():
             return
         exc_info = self._as_failure(exc_info, is_raised=is_raised)
-        error = cast("Any", error_in(exc_info))
+        self._error = error = cast("Any", error_in(exc_info))
         if isinstance(error, TimeLimitExceeded) and self.time_start and not is_raised:
             # Celery would tell of it twice: `on_timeout` comes right after this, and does.
             self._ending = ending_of(error)
@@ -138,7 +141,7 @@ class Request(_Stock):  # type: ignore[misc]
             if self._is_handed_back(error):
                 return
             exc_info = self._not_handed_back(error)
-            error = error_in(exc_info)
+            self._error = error = error_in(exc_info)
         self._ending = self._ending_of(error, exc_info)
         try:
             super().on_failure(exc_info, **how)
@@ -146,6 +149,12 @@ class Request(_Stock):  # type: ignore[misc]
             # Acknowledged when it started, or something on the way to the gate failed: a result backend, a hook.
             if self._ending is not None:
                 self.acknowledge()
+
+    def send_event(self, kind: str, /, **fields: Any) -> None:
+        """Send an event; of a failure that no child came to tell, Celery would name billiard's wrapping."""
+        if kind == "task-failed" and self._error is not None:
+            fields["exception"] = safe_repr(get_pickled_exception(self._error))
+        super().send_event(kind, **fields)
 
     def _tell_cut_off(self, error: Any) -> None:
         is_its_end = isinstance(error, TimeLimitExceeded | WorkerLostError) and not self._already_revoked

@@ -1,22 +1,17 @@
 """
-Celery's own beat and Flower work on a celerykit app as they are.
+Celery's own beat works on a celerykit app as it is.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 from celerykit.dev.processes import Process
-from celerykit.dev.servers import free_port
 from tests.integration.conftest import ROOT
 from tests.services import eventually
 
@@ -58,29 +53,6 @@ def test_beat_sends_typed_calls_and_refuses_wrong_ones(environment: dict[str, st
         eventually(lambda: "InvalidPayload" in log.read_text(), within=10, what=log.read_text)
 
     assert "argument 'times': Input should be a valid integer" in log.read_text()
-
-
-def test_flower_sees_the_tasks_and_their_states(shop: Any, environment: dict[str, str], tmp_path: Path) -> None:
-    port, log = free_port(), tmp_path / "log"
-    env = environment | {"FLOWER_UNAUTHENTICATED_API": "true"}
-    shop.app.control.enable_events()
-
-    def ask(path: str) -> Any:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{path}", timeout=5) as answer:
-                return json.load(answer)
-        except OSError:
-            return {}
-
-    with celery("-A", shop.app.main, "flower", f"--port={port}", "--address=127.0.0.1", env=env, cwd=ROOT, log=log):
-        eventually(lambda: bool(ask("workers?refresh=true")), within=30, what=log.read_text)
-        sent = shop.charge.delay(shop.Order(order_id=uuid4(), amount="1.50"))
-        sent.get(timeout=10)
-        eventually(lambda: ask(f"task/info/{sent.id}").get("state") == "SUCCESS", within=10, what=log.read_text)
-        seen = ask(f"task/info/{sent.id}")
-
-    assert seen["name"] == shop.charge.name
-    assert "1.50" in seen["result"]
 
 
 def test_an_app_that_is_not_there_is_a_clear_error() -> None:
