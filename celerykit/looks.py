@@ -10,6 +10,7 @@ as much is looked at as will be shown.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from numbers import Number
@@ -133,7 +134,7 @@ class Look:
         return self._masked(RESULT, value)
 
     def _masked(self, name: str, value: Any) -> Any:
-        return redact.clean({name: value}, self._names)[name]
+        return redact.clean({name: value}, self._names, most=sys.maxsize)[name]
 
     def _name_at(self, place: int) -> str:
         return self._places[place][0] if place < len(self._places) else self._rest[0]

@@ -57,6 +57,10 @@ _LONGEST_NAME = 200
 #: Further in than this, a value is shown as an ellipsis.
 _DEEPEST = 20
 
+#: Of more than this, the rest is left out of what is shown.
+_MOST = 20_000
+_MORE = "…"
+
 # Names
 
 
@@ -111,6 +115,7 @@ def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> It
             That of the value itself.
     """
     waiting = [(value, is_hidden(name, value, names), 0)]
+    seen: set[tuple[int, bool]] = set()
     while waiting:
         one, hides, deep = waiting.pop()
         if isinstance(one, str | bytes | int | float | None):
@@ -118,11 +123,13 @@ def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> It
                 yield from _with_parts(text)
         elif isinstance(one, SecretStr | SecretBytes):
             waiting.append((one.get_secret_value(), True, deep))
-        elif deep > _DEEPEST:
+        elif deep > _DEEPEST or (id(one), hides) in seen:
             continue
         elif isinstance(one, list | tuple | set | frozenset) and not hasattr(one, "_asdict"):
+            seen.add((id(one), hides))
             waiting += [(item, hides, deep + 1) for item in one]
         elif (pairs := _pairs_of(one)) is not None:
+            seen.add((id(one), hides))
             within = names if isinstance(one, Mapping) else {*names, *_marked_in(cast("Any", type(one)))}
             waiting += [(item, hides or is_hidden(key, item, within), deep + 1) for key, item in pairs]
         elif hides and isinstance(one, _PLAIN):
@@ -296,33 +303,57 @@ def scrubbed(value: Any, secrets: Secrets) -> Any:
 _PLAIN = (int, float, date, time, timedelta, Decimal, UUID)
 
 
-def clean(value: Any, names: Collection[str] = (), *, deep: int = 0) -> Any:
+def clean(value: Any, names: Collection[str] = (), *, most: int = _MOST) -> Any:
     """
     Give *value* as it may be told: plain data, with secrets masked.
 
     Models, dataclasses and named tuples are dicts then, masked by their
     marks; mappings by the names of their keys; texts by the running call's
     secret values. What is none of these is its repr.
+
+    Args:
+        most:
+            After so many items the rest is left out: a value may contain
+            itself, in many ways.
     """
-    if value is None or isinstance(value, _PLAIN):
-        # A number that has a secret's digits somewhere is not the secret.
-        return MASK if _active and any(str(value) in secrets.values for secrets in running()) else value
-    if isinstance(value, str):
-        return scrub(value) if _active else value
-    if deep > _DEEPEST:
-        return "…"
-    if isinstance(value, Enum):
-        return clean(value.value, names, deep=deep + 1)
-    if (pairs := _pairs_of(value)) is not None:
-        within = names if isinstance(value, Mapping) else {*names, *_marked_in(cast("Any", type(value)))}
-        return {str(key): _cleaned(key, item, within, deep) for key, item in pairs}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [clean(item, names, deep=deep + 1) for item in value]
-    return scrub(shown(value))
+    return _Cleaner(most).clean(value, names, 0)
 
 
-def _cleaned(name: Any, value: Any, names: Collection[str], deep: int) -> Any:
-    return MASK if is_hidden(name, value, names) else clean(value, names, deep=deep + 1)
+class _Cleaner:
+    """Goes through a value, but not for ever."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def clean(self, value: Any, names: Collection[str], deep: int) -> Any:
+        if value is None or isinstance(value, _PLAIN):
+            # A number that has a secret's digits somewhere is not the secret.
+            return MASK if _active and any(str(value) in secrets.values for secrets in running()) else value
+        if isinstance(value, str):
+            return scrub(value) if _active else value
+        self._left -= 1
+        if deep > _DEEPEST or self._left < 0:
+            return _MORE
+        if isinstance(value, Enum):
+            return self.clean(value.value, names, deep + 1)
+        if (pairs := _pairs_of(value)) is not None:
+            within = names if isinstance(value, Mapping) else {*names, *_marked_in(cast("Any", type(value)))}
+            return dict(self._pairs(pairs, within, deep))
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self.clean(item, names, deep + 1) for item in self._some(value)]
+        return scrub(shown(value))
+
+    def _pairs(self, pairs: Iterable[tuple[Any, Any]], names: Collection[str], deep: int) -> Iterator[tuple[str, Any]]:
+        for key, item in self._some(pairs):
+            name = key if isinstance(key, str) else shown(key)
+            yield name, MASK if is_hidden(key, item, names) else self.clean(item, names, deep + 1)
+
+    def _some(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self._left -= 1
+            if self._left < 0:
+                return
+            yield item
 
 
 def _pairs_of(value: Any) -> Iterable[tuple[Any, Any]] | None:

@@ -226,6 +226,17 @@ def test_what_contains_itself_is_cleaned() -> None:
 
     assert "…" in repr(clean(endless))
     assert [*secrets_in(endless)] == []
+    crowd: dict[str, Any] = {"token": "abc"}
+    crowd["friends"] = [crowd] * 10
+    assert clean(crowd)["token"] == MASK
+    assert {*secrets_in(crowd)} == {"abc"}
+
+
+def test_a_key_may_be_anything() -> None:
+    class Broken:
+        __repr__ = None  # type: ignore[assignment]
+
+    assert clean({Broken(): 1, 2: "x"}) == {"<Broken>": 1, "2": "x"}
 
 
 # Looks
@@ -259,7 +270,9 @@ def order(**fields: Any) -> dict[str, Any]:
 def test_arguments_are_written_by_their_types() -> None:
     items = [{"sku": "a", "more": {"b": 1}}]
 
-    args, kwargs = look().arguments((order(items=items), "x"), {"currency": "EUR", "token": None, "extra": {"sku": "c"}})
+    args, kwargs = look().arguments(
+        (order(items=items), "x"), {"currency": "EUR", "token": None, "extra": {"sku": "c"}}
+    )
 
     assert args == "(Order(order_id='7c1f', amount='9.50', card=***, items=[Item(...)]), ***)"
     assert kwargs == "{'currency': 'EUR', 'token': None, 'extra': Item(sku='c')}"
