@@ -114,24 +114,25 @@ def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> It
         name:
             That of the value itself.
     """
-    waiting = [(value, is_hidden(name, value, names), 0)]
-    seen: set[tuple[int, bool]] = set()
+    waiting = [(value, is_hidden(name, value, names))]
+    # With the values, or another one may get the place of one that is gone.
+    seen: dict[tuple[int, bool], Any] = {}
     while waiting:
-        one, hides, deep = waiting.pop()
+        one, hides = waiting.pop()
         if isinstance(one, str | bytes | int | float | None):
             if hides and (text := _text_of(one)):
                 yield from _with_parts(text)
         elif isinstance(one, SecretStr | SecretBytes):
-            waiting.append((one.get_secret_value(), True, deep))
-        elif deep > _DEEPEST or (id(one), hides) in seen:
+            waiting.append((one.get_secret_value(), True))
+        elif (id(one), hides) in seen:
             continue
         elif isinstance(one, list | tuple | set | frozenset) and not hasattr(one, "_asdict"):
-            seen.add((id(one), hides))
-            waiting += [(item, hides, deep + 1) for item in one]
+            seen[id(one), hides] = one
+            waiting += [(item, hides) for item in one]
         elif (pairs := _pairs_of(one)) is not None:
-            seen.add((id(one), hides))
+            seen[id(one), hides] = one
             within = names if isinstance(one, Mapping) else {*names, *_marked_in(cast("Any", type(one)))}
-            waiting += [(item, hides or is_hidden(key, item, within), deep + 1) for key, item in pairs]
+            waiting += [(item, hides or is_hidden(key, item, within)) for key, item in pairs]
         elif hides and isinstance(one, _PLAIN):
             yield str(one)
 
