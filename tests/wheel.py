@@ -21,7 +21,7 @@ import celerykit
 
 package = files("celerykit")
 assert (package / "py.typed").is_file(), "no py.typed"
-assert (package / "_templates").is_dir(), "no templates"
+assert (package / "_templates" / "grafana" / "celerykit.json").is_file(), "no templates"
 assert "site-packages" in celerykit.__file__, celerykit.__file__
 print(f"celerykit {celerykit.__version__}: CeleryKit, py.typed and templates are there:", celerykit.CeleryKit.__name__)
 """

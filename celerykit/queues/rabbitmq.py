@@ -18,7 +18,7 @@ from urllib.parse import quote
 from amqp.exceptions import AccessRefused, NotFound, ResourceLocked
 from kombu.transport.native_delayed_delivery import MAX_LEVEL, level_name
 
-from celerykit.deadline import left
+from celerykit.deadline import left, share_of
 from celerykit.queues.depth import Depth
 
 __all__ = ["RabbitMQQueues"]
@@ -75,12 +75,16 @@ def _told(connection: Any, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     host = str(connection.hostname or "localhost")
     if time.monotonic() < _silent.get(host, 0.0):
         return {}
+    told: dict[str, dict[str, Any]] = {}
     try:
-        with closing(_management(connection, host)) as management:
-            return {name: _asked(management, connection, name) for name in names}
+        # What AMQP tells is the better half, and must not be lost for the other.
+        with share_of(2), closing(_management(connection, host)) as management:
+            for name in names:
+                left(None)
+                told[name] = _asked(management, connection, name)
     except (OSError, HTTPException, ValueError):
         _silent[host] = time.monotonic() + _PAUSE
-        return {}
+    return told
 
 
 def _management(connection: Any, host: str) -> HTTPConnection:

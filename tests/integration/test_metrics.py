@@ -193,6 +193,24 @@ def test_what_stock_workers_have_taken_is_counted_and_prefixes_are_kept_apart(sc
     assert look(app).queues["celery"].ready == 1
 
 
+def test_a_sentinel_may_say_where_the_queues_are() -> None:
+    with services.valkey(port=0) as server, services.sentinel(server) as url:
+        app = CeleryKit(
+            "watched",
+            broker=url.partition("?")[0],
+            broker_transport_options={"master_name": "shop"},
+            set_as_current=False,
+        )
+
+        @app.task(name="watched.ping", shared=False)
+        def ping() -> None: ...
+
+        for priority in (0, 9):
+            ping.apply_async(priority=priority)
+
+        assert look(app).queues["celery"].ready == 2
+
+
 def test_the_numbers_go_with_the_worker(scene: Scene) -> None:
     """The last one: it ends the worker."""
     import tempfile
