@@ -11,6 +11,8 @@ from typing import Any
 
 import celery
 
+from celerykit.contract import Contract
+from celerykit.errors import InvalidPayload
 from celerykit.idempotency import Key
 from celerykit.needs import needs_store
 from celerykit.settings import Kit, mask_text
@@ -56,6 +58,9 @@ class TaskFacts:
 
         has_marks:
             Whether a parameter is marked with ``Key()``.
+
+        secrets_problem:
+            Why its calls are refused for a secret; empty if they are not.
     """
 
     name: str
@@ -79,6 +84,7 @@ class TaskFacts:
     keep: float | None = None
     on_done: str = "reuse"
     has_marks: bool = False
+    secrets_problem: str = ""
 
     @property
     def has_keys(self) -> bool:
@@ -283,7 +289,17 @@ def _task(task: Any) -> TaskFacts:
         keep=claims.policy.keep if claims else None,
         on_done=claims.policy.done if claims else "reuse",
         has_marks=contract is not None and any(map(_is_marked, contract.types.values())),
+        secrets_problem="" if contract is None else _secrets_problem(contract),
     )
+
+
+def _secrets_problem(contract: Contract) -> str:
+    try:
+        contract.check_secrets()
+    except InvalidPayload as error:
+        [problem] = error.problems
+        return f"argument {problem['loc'][0]!r} {problem['msg']}"
+    return ""
 
 
 def _is_marked(kind: Any) -> bool:

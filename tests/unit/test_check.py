@@ -18,6 +18,7 @@ import celery
 import pytest
 from celery.app.defaults import NAMESPACES, flatten
 from click.testing import CliRunner, Result
+from pydantic import SecretStr
 
 import celerykit.check.rules
 from celerykit import Key, Once, Rate
@@ -147,6 +148,7 @@ CASES = [
     (facts(tasks=[task(needs=["once"], keep=60.0, returns_untyped=True, on_done="rerun")]), {}),
     (facts(tasks=[task(returns_untyped=True)]), {}),
     (facts(tasks=[task(has_marks=True, needs=["limits"])]), {"key-unused": "warning"}),
+    (facts(tasks=[task(secrets_problem="argument 'pin' holds a SecretStr; set keys")]), {"secret-refused": "error"}),
     (facts(tasks=[task(has_marks=True, needs=["once"], keep=60.0)]), {}),
     (
         facts(tasks=[task(reject_on_worker_lost=False, retry_on_worker_lost=False)]),
@@ -373,6 +375,19 @@ def test_limits_for_all_tasks_count(make_app: Any) -> None:
     [charge_facts] = [task for task in facts_of(app).tasks if task.name == charge.name]
 
     assert (charge_facts.time_limit, charge_facts.soft_time_limit, charge_facts.returns_value) == (7, 6, False)
+
+
+def test_a_task_whose_secrets_are_refused_says_so(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def problem() -> str:
+        app = make_app()
+        app.task(name="shop.sign_in")(sign_in)
+        return next(task.secrets_problem for task in facts_of(app).tasks if task.name == "shop.sign_in")
+
+    def sign_in(user: str, password: SecretStr) -> None: ...
+
+    assert problem().startswith("argument 'password' holds a SecretStr, which JSON would turn into asterisks; set ")
+    monkeypatch.setenv("CELERYKIT_SECRET_KEYS", "T2xkIGtleXMgYXJlIGtlcHQgdW50aWwgdGhleSBnbz8=")
+    assert problem() == ""
 
 
 def test_what_tasks_keep_in_the_store_is_read_off_them(make_app: Any) -> None:

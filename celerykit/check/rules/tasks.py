@@ -86,6 +86,19 @@ def unused_marks(facts: Facts) -> Iterator[Finding]:
     )
 
 
+def refused_secrets(facts: Facts) -> Iterator[Finding]:
+    """Find tasks whose calls are refused, every one, for the secrets they hold."""
+    for task in facts.tasks:
+        what, _, fix = task.secrets_problem.partition("; ")
+        yield from _about(
+            [task] if what else [],
+            "secret-refused",
+            "error",
+            what=f"{what}.",
+            fix=f"{fix[:1].upper()}{fix[1:]}.",
+        )
+
+
 def crash_not_rerun(facts: Facts) -> Iterator[Finding]:
     """Find tasks that are to run again after a crash, and will not."""
     yield from _about(
@@ -263,6 +276,7 @@ RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     short_keep,
     untyped_results,
     unused_marks,
+    refused_secrets,
     crash_not_rerun,
     soft_limit,
     consumer_timeout,
