@@ -25,10 +25,11 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import quote, quote_plus
 from uuid import UUID
 
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel
 
 from celerykit.marks import Redact, names_of
 from celerykit.masks import MASK
+from celerykit.sealing import SECRETS
 
 __all__ = [
     "MASK",
@@ -122,7 +123,7 @@ def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> It
         if isinstance(one, str | bytes | int | float | None):
             if hides and (text := _text_of(one)):
                 yield from _with_parts(text)
-        elif isinstance(one, SecretStr | SecretBytes):
+        elif isinstance(one, SECRETS):
             waiting.append((one.get_secret_value(), True))
         elif (id(one), hides) in seen:
             continue
@@ -371,7 +372,7 @@ def _pairs_of(value: Any) -> Iterable[tuple[Any, Any]] | None:
 
 def shown(value: Any) -> str:
     """Write an object for people, whatever its repr does."""
-    if isinstance(value, SecretStr | SecretBytes):
+    if isinstance(value, SECRETS):
         return MASK
     try:
         return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
