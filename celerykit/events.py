@@ -124,7 +124,8 @@ TASK_IGNORED = Event("task.ignored", _INFO, "A call has ended without a result, 
 TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed back, by its own word.")
 TASK_REVOKED = Event("task.revoked", _INFO, "A call was revoked, or had expired, and does not run. Celery's record.")
 TASK_OVER_TIME = Event("task.over_time", _WARNING, "A call runs longer than its soft or hard limit. Celery's record.")
-TASK_CUT_OFF = Event("task.cut_off", _WARNING, "A run ended with its process: `reason` is `lost` or `timed_out`.")
+# Celery's records say so too, without which call it was: this is to be counted.
+TASK_CUT_OFF = Event("task.cut_off", _DEBUG, "A run ended with its process: `reason` is `lost` or `timed_out`.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
 TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
 TASK_REPLAYED = Event("task.replayed", _INFO, "A dead letter was sent again, as a call.")

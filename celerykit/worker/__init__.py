@@ -14,5 +14,5 @@ What runs in a worker's parent process: no message can kill it, and none is ackn
     leases     keeps this worker's messages its own, on Redis and Valkey
     shutdown   gives back what was not finished
     pulse      leaves signs of life
-    serving    serves numbers over HTTP
+    serving    serves numbers over HTTP, from when `metrics_step` says so
 """

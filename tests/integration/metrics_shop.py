@@ -51,6 +51,11 @@ def dies() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@app.task(time_limit=0.5)
+def overruns() -> None:
+    time.sleep(30)
+
+
 @app.task
 def waits_for(path: Path) -> None:
     deadline = time.monotonic() + 30

@@ -93,12 +93,13 @@ def test_each_run_is_counted_over_generations_of_children_and_through_a_kill(sce
     shop.flaky.delay()
     shop.fails.delay()
     shop.dies.delay()
+    shop.overruns.delay()
     shop.app.send_task("made.up", task_id="made-up")
 
     def have_ended() -> bool:
         scraped = scene.scraped()
         ended = [value for name, value in scraped.items() if name[0] == "celerykit_tasks_finished_total"]
-        return sum(ended) >= 10 + 1 + 10 + 3 + 1 + 1
+        return sum(ended) >= 10 + 1 + 10 + 3 + 1 + 1 + 1
 
     services.eventually(have_ended, within=25, what=lambda: f"{scene.get('/metrics')}\n{scene.node.log}")
 
@@ -113,6 +114,7 @@ def test_each_run_is_counted_over_generations_of_children_and_through_a_kill(sce
     assert [finished("flaky", outcome) for outcome in ("retried", "snoozed", "succeeded")] == [1, 1, 1]
     assert finished("fails", "failed") == 1
     assert finished("dies", "lost") == 1
+    assert finished("overruns", "timed_out") == 1
     # What the children sent, alone and together; what this process sent is its own to count.
     assert scene.number("tasks_sent_total", "celery", "shop.add") == 10
     services.eventually(lambda: scene.number("tasks_dead_total", "celery", "process_died", "shop.dies") == 1)
