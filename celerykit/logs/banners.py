@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, cast
 
@@ -81,11 +81,8 @@ class Worker(_Worker):  # type: ignore[misc]
     def install_platform_tweaks(self, worker: Any) -> None:
         """Install Celery's handlers of signals, which print nothing then."""
         super().install_platform_tweaks(worker)
-        if _is_json(self.app) and threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in _SPOKEN if hasattr(signal, name)):
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    signal.signal(number, _wordless(handler))
+        if _is_json(self.app):
+            _hush()
 
 
 def _url_of(what: Any) -> str:
@@ -108,16 +105,29 @@ def _tell_end(sender: Any = None, sig: str = "", how: str = "", **_: Any) -> Non
     events.WORKER_STOPPING.tell(worker=sender, how=how.lower(), signal=sig)
 
 
-def _wordless(handle: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], Any]:
-    def handle_wordlessly(number: int, frame: FrameType | None) -> None:
+class _Wordless:
+    """A handler of Celery's that prints nothing."""
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any]) -> None:
+        self._handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         # Celery's `safe_say` writes to its descriptor, past everything, and to nothing where there is no stream.
         stream, sys.__stdout__ = sys.__stdout__, None  # type: ignore[misc]
         try:
-            handle(number, frame)
+            self._handler(number, frame)
         finally:
             sys.__stdout__ = stream  # type: ignore[misc]
+            # It may have put others in its place.
+            _hush()
 
-    return handle_wordlessly
+
+def _hush() -> None:
+    for number in (getattr(signal, name) for name in _SPOKEN if hasattr(signal, name)):
+        handler = signal.getsignal(number)
+        if callable(handler) and not isinstance(handler, _Wordless):
+            with suppress(ValueError):  # on another thread than the main one there are no handlers
+                signal.signal(number, _Wordless(handler))
 
 
 class Beat(_Beat):  # type: ignore[misc]

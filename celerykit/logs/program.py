@@ -116,6 +116,8 @@ class Logging(_Logging):  # type: ignore[misc]
             # Somebody has taken all of it over.
             self.format_kind = "celery"
             return receivers
+        # By it billiard sets up logging of its own in processes that are no forks, before they come here.
+        os.environ["_MP_FORK_LOGLEVEL_"] = ""
         if self.is_joined and not self._is_level_told:
             root.setLevel(level)
         configure_structlog(joined=self.is_joined)
