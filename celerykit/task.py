@@ -204,7 +204,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             cls.acks_late, cls.reject_on_worker_lost = True, False
             cast("Any", cls).retry_on_worker_lost = False
         cls.ignore_result = cast("Any", cls._told_ignore_result)
-        if cls._told_ignore_result is None and cast("Contract", cls.contract).returns_nothing:
+        if cls._told_ignore_result is None and cls.contract.returns_nothing:
             cls.ignore_result = True
             cls.store_errors_even_if_ignored = True
         if cls._coroutine_function is not None:
