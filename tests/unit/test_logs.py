@@ -157,8 +157,9 @@ def test_a_line_about_another_call_has_nothing_of_the_running_one_but_its_root(b
 
 
 def test_a_line_in_the_parent_has_the_call_whose_message_is_at_hand():
-    with running.handling({"task": "shop.charge", "id": ID, "root_id": OTHER}):
-        line = told(record(trace.LOG_RECEIVED, name="celery.worker.strategy", data={"name": "shop.charge", "id": ID}))
+    token = running.at_hand.set({"task": "shop.charge", "id": ID, "root_id": OTHER})
+    line = told(record(trace.LOG_RECEIVED, name="celery.worker.strategy", data={"name": "shop.charge", "id": ID}))
+    running.at_hand.reset(token)
 
     assert (line["event"], line["root_id"], line["correlation_id"]) == ("task.received", OTHER, OTHER)
 
