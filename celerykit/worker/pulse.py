@@ -32,8 +32,10 @@ __all__ = ["TURN", "Progress", "Stuck", "Vitals"]
 #: Seconds between two signs; and between two turns of a loop that has nothing to do.
 _PAUSE, TURN = 2.0, 1.0
 
-#: How long connecting may take between two signs, in seconds: Kombu waits for up to 30 s between two attempts.
-_CONNECTING = 90.0
+#: How long connecting may take between two signs, in seconds, beyond what a probe allows. Kombu waits for up to 30 s
+#: between two attempts; but a broker that takes a connection and says nothing is waited for without end, and to restart
+#: does not help as long as it is so.
+_CONNECTING = 270.0
 
 #: How long the broker may take for an answer, in seconds, and the most and the least between two questions.
 _LONGEST_WAIT, _LONGEST_PAUSE, _SHORTEST_PAUSE = 2.0, 10.0, 0.5
