@@ -32,7 +32,7 @@ def add(x, y):
     return x + y
 """
 
-_MARK = "CELERYKIT_TEST_RUN"
+_MARK = "TEST_RUN_OF_CELERYKIT"
 
 
 class Dev:
