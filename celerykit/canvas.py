@@ -16,6 +16,8 @@ import celery.canvas
 
 from celerykit.contract import Contract
 from celerykit.errors import InvalidPayload
+from celerykit.marks import is_made_of
+from celerykit.sealing import SECRETS
 
 if TYPE_CHECKING:
     from celerykit.result import Result
@@ -94,6 +96,8 @@ def check_join(before: Contract | None, after: Contract | None) -> None:
     name = _first_parameter(after)
     if name is None:
         raise _cannot_meet(before, after, "takes no argument that a result could be")
+    if is_made_of(before.returns, SECRETS) and name in after.types and not is_made_of(after.types[name], SECRETS):
+        raise _cannot_meet(before, after, f"argument {name!r} is no secret, and would be the encrypted text")
     given, wanted = before.result_schema(), after.parameter_schema(name)
     if not _may_fit(_kinds(given, given), _kinds(wanted, wanted)):
         raise _cannot_meet(before, after, f"argument {name!r} takes {_named(wanted)}")

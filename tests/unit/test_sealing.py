@@ -502,3 +502,19 @@ def test_a_shared_task_has_the_keys_of_each_of_its_apps(make_app: Any, monkeypat
     old, new = contracts
     assert Cipher([OLD]).decrypt(old.dump(("hunter2",), {})[0][0]) == b'"hunter2"'
     assert Cipher([NEW]).decrypt(new.dump(("hunter2",), {})[0][0]) == b'"hunter2"'
+
+
+@pytest.mark.usefixtures("keys")
+def test_a_secret_is_not_handed_on_to_an_argument_that_is_none(app: Any) -> None:
+    change, again = declare(app)
+
+    @app.task
+    def greet(text: str) -> None: ...
+
+    @app.task
+    def maybe(password: SecretStr | None) -> None: ...
+
+    with pytest.raises(InvalidPayload, match="argument 'text' is no secret, and would be the encrypted text"):
+        change.s("ann", "hunter2").then(greet)
+    assert change.s("ann", "hunter2").then(maybe)
+    assert change.s("ann", "hunter2").then(again)
