@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from datetime import date, timedelta
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import hypothesis
 import pytest
+from celery import _state
 from cryptography.fernet import Fernet
 from hypothesis import strategies as st
 from pydantic import (
@@ -489,6 +490,9 @@ def test_without_keys_every_way_to_call_a_task_is_refused(eager: Any) -> None:
 
 
 def test_a_shared_task_has_the_keys_of_each_of_its_apps(make_app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is shared here is not of the apps of other tests.
+    monkeypatch.setattr(_state, "_on_app_finalizers", set(cast("Any", _state)._on_app_finalizers))
+
     @shared_task(name="shared.secret")
     def shared(password: SecretStr) -> None: ...
 
