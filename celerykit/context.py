@@ -33,7 +33,18 @@ from celerykit.errors import InvalidOptions
 from celerykit.fields import Fields
 from celerykit.marks import Redact, names_of
 
-__all__ = ["Bound", "Context", "bind", "carried", "check_class", "current", "shown_while_bound", "travelling", "unbind"]
+__all__ = [
+    "Bound",
+    "Context",
+    "bind",
+    "carried",
+    "check_class",
+    "current",
+    "is_bound",
+    "shown_while_bound",
+    "travelling",
+    "unbind",
+]
 
 #: The most a context may take of a message, in bytes. It travels with every message there is.
 _MAX_BYTES = 2 * 1024
@@ -217,6 +228,11 @@ def unbind(token: Token[Bound | None]) -> None:
         _bound.reset(token)
 
 
+def is_bound() -> bool:
+    """Tell whether anything is in force."""
+    return _bound.get() is not None
+
+
 def current() -> Bound:
     """Give what is in force: what is bound, and what other libraries know of this request."""
     bound = _bound.get() or Bound()
@@ -332,7 +348,10 @@ def _given(kind: type[Context], context: Context | None, values: Mapping[str, An
         raise InvalidOptions(f"{kind.__name__}: {where}: {problem['msg']}.") from None
     names = [name for name in kind.model_fields if name in model.model_fields_set]
     sent = _as_json(model, names)
-    return Bound(values={name: getattr(model, name) for name in names}, sent=sent, shown=_shown(kind, sent))
+    values = {name: getattr(model, name) for name in names}
+    # What is taken out, structlog has as an ellipsis.
+    gone = {name: ... for name, value in values.items() if value is None}
+    return Bound(values=values, sent=sent, shown={**gone, **_shown(kind, sent)})
 
 
 def _as_json(model: Context, names: Iterable[str]) -> dict[str, Any]:

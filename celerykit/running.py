@@ -187,20 +187,28 @@ def ready_at(request: Any, header: Headers) -> float | None:
 def travelling(root_id: Any) -> Mapping[str, Any]:
     """Give what a message takes along that is sent now; *root_id* is its own."""
     headers = at_hand.get()
-    if headers is not None and _run.get() is None:
-        # A worker's parent process sends for a call that has ended: an errback, or a chord's body.
+    if headers is not None and not context.is_bound():
+        # A worker's parent process fails a message that became no request.
         return Headers.of(headers).context or {}
     return context.travelling(root_id)
 
 
 @contextmanager
-def handling(headers: Mapping[str, Any] | None) -> Iterator[None]:
-    """Have what is sent and logged in this block belong to the call of a message that this process only handles."""
-    token = at_hand.set(headers)
+def handling(headers: Mapping[str, Any] | None, app: Any) -> Iterator[None]:
+    """
+    Have what is sent and logged in this block belong to the call of a message that this process only handles.
+
+    Of a call whose process died, Celery sends the errbacks from the worker's parent process, or calls them there.
+    """
+    headers = headers or {}
+    root_id = headers.get("root_id") or headers.get("id")
+    at = at_hand.set(headers)
+    token = context.bind(context.carried(app.context_class, Headers.of(headers).context, root_id=root_id))
     try:
         yield
     finally:
-        at_hand.reset(token)
+        context.unbind(token)
+        at_hand.reset(at)
 
 
 def facts_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -257,7 +257,7 @@ class Undertaker:
             chord=note.chord,
         )
         try:
-            with running.handling(grave.letter.headers):
+            with running.handling(grave.letter.headers, self._app):
                 self._send_body(body, told)
         except Exception as error:  # noqa: BLE001  (a signature may hold anything; the member's letter is what counts)
             _tell_not_written(told, error, then="nothing")

@@ -118,7 +118,7 @@ class Request(_Stock):  # type: ignore[misc]
         if self.undertaker is None:
             super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
             return
-        with running.handling(self.request_dict):
+        with running.handling(self.request_dict, self.app):
             self._end(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def _end(self, exc_info: Any, **how: bool) -> None:
@@ -165,7 +165,7 @@ class Request(_Stock):  # type: ignore[misc]
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Bury what overran its hard time limit."""
-        with running.handling(self.request_dict):
+        with running.handling(self.request_dict, self.app):
             try:
                 super().on_timeout(soft, timeout)
             finally:

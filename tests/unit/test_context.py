@@ -73,6 +73,7 @@ def test_an_inner_block_adds_to_the_outer_one_and_takes_back_only_that() -> None
 def test_none_takes_a_field_out() -> None:
     with ShopContext.bound(tenant="acme"), ShopContext.bound(tenant=None):
         assert context.travelling() == {}
+        assert structlog.contextvars.get_contextvars() == {}
 
 
 def test_a_field_that_is_not_there_is_refused() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import celery
@@ -24,7 +25,9 @@ from celery.worker.request import Request
 from structlog.contextvars import get_contextvars
 
 from celerykit import Backoff, Context, Retry, Snooze, events, running
+from celerykit.errors import Undeliverable
 from celerykit.headers import HEADER, Attempt, Headers
+from celerykit.worker.request import Request as OurRequest
 
 
 class ShopContext(Context):
@@ -387,7 +390,8 @@ def test_a_call_in_place_inside_a_loop_sees_its_context(app: Any) -> None:
 def test_what_the_parent_sends_for_a_call_takes_along_what_that_had(app: Any, queue: str) -> None:
     headers = Headers(context={"tenant": "acme", "correlation_id": "c-1"}).added_to({"id": "i-1"})
 
-    with running.handling(headers):
+    with running.handling(headers, app):
+        assert ShopContext.current().tenant == "acme"
         app.send_task("elsewhere", queue=queue)
     app.send_task("elsewhere", queue=queue)
 
@@ -395,6 +399,33 @@ def test_what_the_parent_sends_for_a_call_takes_along_what_that_had(app: Any, qu
         first, second = (connection.default_channel.basic_get(queue) for _ in range(2))
     assert first.headers[HEADER]["context"] == {"tenant": "acme", "correlation_id": "c-1"}
     assert HEADER not in second.headers
+
+
+@pytest.mark.parametrize("task", ["told", "another's"])
+def test_who_is_told_of_a_process_that_died_is_told_in_the_call_s_context(app: Any, queue: str, task: str) -> None:
+    """An errback that takes the request, Celery calls in the worker's parent process; others it sends."""
+    seen: list[Any] = []
+
+    @app.task(name="pay", store_errors_even_if_ignored=True)
+    def pay() -> None: ...
+
+    @app.task(name="told")
+    def told(request: Any, error: Any, traceback: Any) -> None:
+        seen.append(ShopContext.current().tenant)
+
+    with ShopContext.bound(tenant="acme", correlation_id="c-1"):
+        pay.apply_async(link_error=app.signature(task, queue=queue))
+    with app.connection_for_read() as connection:
+        channel = connection.default_channel
+        message = channel.basic_get(queue, no_ack=True)
+        message.undertaker = SimpleNamespace(bury=lambda request, ending, then: then())
+        OurRequest(message, app=app, hostname="unit@here", on_ack=lambda *_: None).kill(Undeliverable("it died"))
+        sent = channel.basic_get(queue, no_ack=True)
+
+    if task == "told":
+        assert (seen, sent) == (["acme"], None)
+    else:
+        assert sent.headers[HEADER]["context"] == {"tenant": "acme", "correlation_id": "c-1"}
 
 
 def test_a_message_tells_its_facts_where_it_does_not_run() -> None:
