@@ -65,10 +65,11 @@ def told(broker: Server, environment: dict[str, str], tmp_path_factory: Any) -> 
     app.conf.update(broker_url=broker.url, result_backend=broker.backend_url)
     spans: Path = tmp_path_factory.mktemp("spans") / "spans"
     in_worker = {**environment, shop.SPANS: str(spans), "CELERYKIT_LOG_FORMAT": "json"}
-    # A process for each run, which ends by `os._exit`.
+    # A process for each run, which ends by `os._exit`. There are as many as runs: Celery may take five seconds to start
+    # one in place of another.
     options = ["-Q", "correlation", "--max-tasks-per-child=1"]
     with (
-        services.worker(SHOP, url=broker.url, env=in_worker, cwd=ROOT, options=options) as node,
+        services.worker(SHOP, url=broker.url, env=in_worker, cwd=ROOT, options=options, concurrency=5) as node,
         traced() as (tracer, in_web),
         heard() as sent,
     ):
@@ -76,11 +77,11 @@ def told(broker: Server, environment: dict[str, str], tmp_path_factory: Any) -> 
             # asgi-correlation-id looks for Sentry, which looks for eventlet, which warns from then on.
             patch.setitem(sys.modules, "sentry_sdk", None)
             response = asyncio.run(post(shop.web, "/orders/7"))
-        node.wait_for('"task.dead"')
+        node.wait_for('"task.dead"', within=30)
         [letter] = app.dead_letters.find(task="correlation.ship")
         before = lines_in(node)
         app.dead_letters.replay(task="correlation.ship")
-        services.eventually(lambda: node.log.count('"task.dead"') == 2, what=lambda: node.log)
+        services.eventually(lambda: node.log.count('"task.dead"') == 2, within=30, what=lambda: node.log)
         app.dead_letters.purge(task="correlation.ship")
         node.stop()
         yield Told(
