@@ -60,7 +60,9 @@ def told(broker: Server, environment: dict[str, str], tmp_path_factory: Any) -> 
     sentry = tmp_path_factory.mktemp("sentry") / "sent"
     environment = {**environment, "CELERY_TASK_DEFAULT_QUEUE": "redaction", SENTRY_FILE: str(sentry)}
     client = redis.Redis.from_url(broker.client_url)
-    with services.worker(SHOP, url=broker.url, env=environment, cwd=ROOT) as node:
+    # Other tests' workers are at the same broker.
+    options = ["--hostname=redaction@%h"]
+    with services.worker(SHOP, url=broker.url, env=environment, cwd=ROOT, options=options) as node:
         told = Told(app=app, node=node, client=client, sentry=sentry)
         with _capturing(app, told.events):
             _run(told)
@@ -124,7 +126,7 @@ def _run(told: Told) -> None:
     ends = ("succeed", "fail", "again", "by_hand", "outer", "many", "more", "by_name", "foreign", "invalid")
     services.eventually(lambda: not _running(told, ends), within=20, what=lambda: f"ends of {_running(told, ends)}")
     services.eventually(lambda: _letters(told) >= 4, within=10, what=lambda: f"{_letters(told)} letters")
-    inspect = told.app.control.inspect(timeout=1)
+    inspect = told.app.control.inspect(timeout=1, pattern="redaction@*", matcher="glob")
     told.inspected = json.dumps([inspect.scheduled(), inspect.query_task(told.ids["later"]), inspect.reserved()])
     told.app.control.revoke(told.ids["later"])
 
