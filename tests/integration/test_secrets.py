@@ -68,7 +68,7 @@ def caller(valkey: Server, keys: str | None = NEW) -> Any:
 def everything(valkey: Server) -> str:
     """Give all that the server holds, with bodies as they are inside of base64."""
     with redis.Redis.from_url(valkey.client_url) as client:
-        held = b"\n".join(bytes(part) for key in client.scan_iter() for part in (key, client.dump(key)))
+        held = b"\n".join(bytes(part) for key in client.scan_iter() for part in (key, client.dump(key) or b""))
         values = [value for key in client.scan_iter() for value in values_of(client, key)]
     text = held.decode(errors="replace") + "\n".join(values)
     bodies = re.findall(r'"body": ?"([A-Za-z0-9+/]+=*)"', text)
