@@ -13,10 +13,11 @@ from typing import Any, NoReturn, cast
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.serialization import get_pickleable_exception
 
-from celerykit import running
+from celerykit import redact, running
 from celerykit.call import Later
 from celerykit.dead_letters import error_fingerprint
 from celerykit.errors import DuplicateCall
+from celerykit.events import describe
 from celerykit.headers import Attempt, Headers
 from celerykit.idempotency import Waiting
 from celerykit.publishing import FAILURES
@@ -82,15 +83,23 @@ def send(task: Any, request: Any, header: Headers, later: Later) -> NoReturn:
     if isinstance(later, Waiting) and later.joined in (None, request.id):
         # Its state is another run's to tell.
         raise Ignore
-    note_again(signature.options["headers"], kind=later.kind, delay=later.delay)
+    note_again(signature.options["headers"], kind=later.kind, delay=later.delay, error=later.error)
     raise told(exc=later.error, when=later.delay, is_eager=request.is_eager, sig=signature) from None
 
 
-def note_again(headers_of_next: Mapping[str, Any], *, kind: str, delay: float) -> None:
+def note_again(
+    headers_of_next: Mapping[str, Any], *, kind: str, delay: float, error: BaseException | None = None
+) -> None:
     """Add to Celery's record of a retry what it does not know."""
     following = Headers.of(headers_of_next)
-    error = following.ledger[-1].error if following.ledger and kind == "retry" else ""
-    running.note(kind=kind, delay=round(delay, 3), next_attempt=following.attempt, error_fingerprint=error or None)
+    fingerprint = following.ledger[-1].error if following.ledger and kind == "retry" else ""
+    running.note(
+        kind=kind,
+        delay=round(delay, 3),
+        next_attempt=following.attempt,
+        error=redact.scrub(describe(error)) if error is not None and kind == "retry" else None,
+        error_fingerprint=fingerprint or None,
+    )
 
 
 def note_failed(error: BaseException) -> None:

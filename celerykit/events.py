@@ -124,8 +124,8 @@ TASK_IGNORED = Event("task.ignored", _INFO, "A call has ended without a result, 
 TASK_REJECTED = Event("task.rejected", _WARNING, "A call was refused, or handed back, by its own word.")
 TASK_REVOKED = Event("task.revoked", _INFO, "A call was revoked, or had expired, and does not run. Celery's record.")
 TASK_OVER_TIME = Event("task.over_time", _WARNING, "A call runs longer than its soft or hard limit. Celery's record.")
-# Celery's records say so too, without which call it was: this is to be counted.
-TASK_CUT_OFF = Event("task.cut_off", _DEBUG, "A run ended with its process: `reason` is `lost` or `timed_out`.")
+# We count it, and Celery's record tells it.
+TASK_CUT_OFF = Event("task.cut_off", _DEBUG, "A run was ended from outside: `reason` is `lost` or `timed_out`.")
 TASK_HANDED_BACK = Event("task.handed_back", _WARNING, "A call goes back to its queue: a newer deploy may know it.")
 TASK_DEAD = Event("task.dead", _ERROR, "A call, or what was no call's message, was buried among the dead letters.")
 TASK_REPLAYED = Event("task.replayed", _INFO, "A dead letter was sent again, as a call.")
@@ -183,6 +183,7 @@ DEAD_LETTER_RESULT_KEPT = Event("dead_letter.result_kept", _WARNING, "A replayed
 
 WORKER_STARTING = Event("worker.starting", _INFO, "A worker begins, and what it has been told. Instead of a banner.")
 WORKER_READY = Event("worker.ready", _INFO, "A worker takes calls from now on. Celery's record.")
+WORKER_PROCESS_DIED = Event("worker.process_died", _ERROR, "A process of the pool is gone. Celery's record.")
 WORKER_STOPPING = Event("worker.stopping", _INFO, "A worker was asked to end; `how` is warm or cold.")
 WORKER_OUT_OF_TIME = Event("worker.out_of_time", _WARNING, "What still runs goes back to its queue: time is up.")
 WORKER_SOFT_SHUTDOWN = Event("worker.soft_shutdown", _WARNING, "A worker ends. What runs has `delay` to end, too.")
@@ -286,6 +287,9 @@ FACTS: dict[str, str] = {
     "category": "The class of a warning.",
     "file": "Where it was raised.",
     "line": "In which line of that.",
+    "process": "The name of a pool's process.",
+    "pid": "Its id.",
+    "status": "Its exit code, or the signal that ended it.",
     "thread": "The name of a thread.",
     "logger": "The logger of a record.",
     "address": "Where a worker serves its numbers.",

@@ -35,7 +35,7 @@ _BEFORE, _HEADER = "celerykit_before", "celerykit_header"
 _FACTS = frozenset(
     (
         *("task", "id", "root_id", "parent_id", "attempt", "queue", "worker", "key", "wait_ms"),
-        *("kind", "delay", "next_attempt", "error_fingerprint"),
+        *("kind", "delay", "next_attempt", "error", "error_fingerprint"),
     )
 )
 

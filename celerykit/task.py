@@ -539,7 +539,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return result if request.is_eager else told(result, self.look)
         except Stopped as stopped:
             if isinstance(stopped.by, StockRetry):
-                again.note_again(_headers_in(stopped.by), kind="retry", delay=stopped.delay)
+                again.note_again(_headers_in(stopped.by), kind="retry", delay=stopped.delay, error=stopped.by.exc)
             raise stopped.by from None
         except Skipped as skipped:
             self._revoke(request, skipped.why)

@@ -15,6 +15,7 @@ from functools import cache
 from logging import LogRecord
 from typing import Any
 
+from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.app import trace
 from celery.worker.consumer import consumer as stock_consumer
 from structlog.contextvars import get_contextvars
@@ -110,7 +111,24 @@ def _over_hard(record: LogRecord) -> tuple[Event, Facts]:
     return events.TASK_OVER_TIME, {"task": task, "id": id_, "limit": "hard", "seconds": limit}
 
 
+def _cut_off(record: LogRecord) -> tuple[Event, Facts]:
+    # Its call is that of the message at hand.
+    [error] = _arguments(record, 1)
+    reason = "timed_out" if isinstance(error, TimeLimitExceeded) else "lost" if _is_lost(error) else None
+    facts = {"error": describe(error), "reason": reason, "outcome": "failed"}
+    return events.TASK_CUT_OFF, {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _is_lost(error: Any) -> bool:
+    return isinstance(error, WorkerLostError | Terminated)
+
+
 # Processes
+
+
+def _process_died(record: LogRecord) -> tuple[Event, Facts]:
+    process, pid, status = _arguments(record, 3)
+    return events.WORKER_PROCESS_DIED, {"process": process, "pid": pid, "status": status}
 
 
 def _ready(record: LogRecord) -> tuple[Event, Facts]:
@@ -185,6 +203,8 @@ def LIFTED() -> Mapping[tuple[str, str], Lift]:  # noqa: N802  (a table, made wh
         ("celery.worker.request", "Discarding revoked task: %s[%s]"): _revoked,
         ("celery.worker.request", "Soft time limit (%ss) exceeded for %s[%s]"): _over_soft,
         ("celery.worker.request", "Hard time limit (%ss) exceeded for %s[%s]"): _over_hard,
+        ("celery.worker.request", "Task handler raised error: %r"): _cut_off,
+        ("multiprocessing", "Process %r pid:%r exited with %r"): _process_died,
         ("celery.apps.worker", "%s ready."): _ready,
         ("celery.worker.consumer.connection", "Connected to %s"): _connected,
         ("celery.worker.consumer.consumer", consumer.CONNECTION_ERROR): _unreachable,

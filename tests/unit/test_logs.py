@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ import click
 import pytest
 import structlog
 from billiard.einfo import ExceptionInfo
+from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 from celery.app import trace
 from celery.utils.log import get_logger, get_task_logger
@@ -441,6 +443,17 @@ def test_the_kind_of_a_retry_is_what_was_noted(bound):
     assert "kind" not in line
 
 
+def test_what_broke_a_run_off_is_told_of_its_call():
+    lost = record("Task handler raised error: %r", WorkerLostError("signal 9"), name="celery.worker.request")
+    overran = record("Task handler raised error: %r", TimeLimitExceeded(3), name="celery.worker.request")
+    died = record("Process %r pid:%r exited with %r", "ForkPoolWorker-2", 17, "signal 9", name="multiprocessing")
+
+    assert (told(lost)["event"], told(lost)["reason"]) == ("task.cut_off", "lost")
+    assert told(lost)["error"] == "WorkerLostError: signal 9"
+    assert told(overran)["reason"] == "timed_out"
+    assert (told(died)["event"], told(died)["pid"], told(died)["status"]) == ("worker.process_died", 17, "signal 9")
+
+
 @pytest.mark.parametrize("name", [name for name, _ in LIFTED()])
 def test_a_record_that_only_looks_like_celerys_is_told_as_it_is(name):
     message = next(message for logger, message in LIFTED() if logger == name)
@@ -453,7 +466,7 @@ def test_texts_of_celery_are_those_of_the_version_that_was_read():
     assert celery.__version__.startswith("5.7.")
     sources = {}
     for logger, message in LIFTED():
-        module = __import__(logger, fromlist=["_"])
+        module = import_module({"multiprocessing": "billiard.pool"}.get(logger, logger))
         sources[logger] = Path(module.__file__).read_text()
         is_constant = message in vars(trace).values() or message in vars(module).values()
         assert is_constant or repr(message) in sources[logger] or f'"{message}"' in sources[logger], (logger, message)
