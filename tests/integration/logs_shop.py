@@ -47,5 +47,5 @@ def fail() -> None:
     raise ValueError("bad news")
 
 
-@app.task(schedule=timedelta(seconds=0.5))
+@app.task(schedule=timedelta(seconds=0.5), shared=False)
 def tick() -> None: ...
