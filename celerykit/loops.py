@@ -8,6 +8,7 @@ it lives, so that clients and connection pools made in one task serve the next.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import functools
 import os
@@ -139,16 +140,23 @@ class _Home:
         self.pid = os.getpid()
         self.runner = asyncio.Runner()
 
-    def __del__(self) -> None:
+    def close(self) -> None:
         if self.pid == os.getpid():
             self.runner.close()
+
+    def __del__(self) -> None:
+        # Closing starts a thread; one that starts while Python ends never begins, and would be waited for without end.
+        if not sys.is_finalizing():
+            self.close()
 
 
 def _runner() -> asyncio.Runner:
     # A forked child must neither use nor close its parent's loop, as they share a selector; so it is kept, unused.
     homes: dict[int, _Home] = _local.__dict__.setdefault("homes", {})
     if os.getpid() not in homes:
-        homes[os.getpid()] = _Home()
+        homes[os.getpid()] = home = _Home()
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(home.close)  # it has no end before Python's own
     return homes[os.getpid()].runner
 
 

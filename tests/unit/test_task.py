@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import pickle
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -392,3 +394,19 @@ def test_an_eager_call_that_is_put_off_for_ever_fails(eager: Any) -> None:
         raise Snooze(1)
 
     assert waits.apply().state == "FAILURE"
+
+
+def test_a_program_ends_whose_async_task_has_used_a_thread() -> None:
+    """
+    To close a loop that has, asyncio starts a thread; while Python ends, it would wait for that without end.
+    """
+    program = (
+        "import asyncio\nfrom celerykit import CeleryKit\n"
+        "app = CeleryKit('shop', set_as_current=False)\napp.conf.task_always_eager = True\n"
+        "@app.task\nasync def look() -> int:\n    return await asyncio.to_thread(lambda: 7)\n"
+        "print(look.delay().get())\n"
+    )
+
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+
+    assert (out.stdout, out.returncode) == ("7\n", 0), out.stderr
