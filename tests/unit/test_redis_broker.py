@@ -21,7 +21,7 @@ def test_this_kombu_is_one_that_leases_were_made_for() -> None:
     assert not whats_unknown(), (
         f"Kombu {version}: {whats_unknown()}. Workers fall back to Celery's visibility timeout. Compare "
         "kombu/transport/redis.py with that of a version in celerykit.redis_broker.KNOWN, run "
-        "tests/integration/test_leases.py, and add the version there."
+        "tests/faults/test_leases.py, and add the version there."
     )
 
 

@@ -48,7 +48,7 @@ def client(server: Server) -> Iterator[Any]:
 def start(server: Server) -> Start:
     def start(pool: str = "solo", *, env: dict[str, str] | None = None, options: Any = (), **more: Any) -> Any:
         env = {"LEDGER": server.client_url, "LEASE": str(LEASE), **(env or {})}
-        app = "tests.integration.leases_shop"
+        app = "tests.faults.leases_shop"
         return services.worker(app, url=server.url, pool=pool, cwd=ROOT, env=env, options=options, **more)
 
     return start
@@ -60,7 +60,7 @@ def send(server: Server) -> Callable[..., Any]:
         app = celery.Celery(broker=server.url, set_as_current=False)
         app.conf.broker_transport_options = {"global_keyprefix": prefix}
         with app:
-            return app.send_task("tests.integration.leases_shop.work", args, **options)
+            return app.send_task("tests.faults.leases_shop.work", args, **options)
 
     return send
 
@@ -193,7 +193,7 @@ def test_a_message_goes_back_to_the_one_queue_it_came_from(start: Start, server:
         for name in ("celery", "archive"):
             kombu.Queue(name, exchange, routing_key="news.#", channel=channel).declare()
         with celery.Celery(broker=server.url, set_as_current=False) as app:
-            name = "tests.integration.leases_shop.work"
+            name = "tests.faults.leases_shop.work"
             sender = connection.Producer()
             app.send_task(name, ("long", 60), exchange=exchange, routing_key="news.today", producer=sender)
         services.eventually(lambda: client.llen("starts") == 1)
@@ -323,7 +323,7 @@ def test_a_sentinel_may_say_where_the_server_is(start: Start, tmp_path: Path) ->
             app = celery.Celery(broker=url, set_as_current=False)
             app.conf.broker_transport_options = {"master_name": "shop"}
             with app:
-                app.send_task("tests.integration.leases_shop.work", ("long", 60))
+                app.send_task("tests.faults.leases_shop.work", ("long", 60))
             services.eventually(lambda: ledger.llen("starts") == 1)
             time.sleep(LEASE + 1)
             assert ledger.llen("celery") == 0
