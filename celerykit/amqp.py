@@ -305,11 +305,12 @@ def _tell_sent(name: str, headers: Mapping[str, Any], queue: str | None) -> None
     if headers.get("retries") or ours.waits:
         # Celery's record, of the run that sends it, says when the next one is.
         return
+    parent_id = headers.get("parent_id")
     events.TASK_SENT.tell(
         task=name,
         id=headers.get("id"),
         root_id=headers.get("root_id"),
-        parent_id=headers.get("parent_id"),
+        parent_id=parent_id if parent_id != headers.get("id") else None,
         attempt=ours.attempt,
         queue=queue,
         key=ours.key,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 __all__ = ["HEADER", "VERSION", "Attempt", "Headers"]
@@ -141,26 +142,10 @@ class Headers:
     @classmethod
     def of(cls, message_headers: Mapping[str, Any] | None) -> Self:
         """Read a message's headers; a foreign message has none of ours."""
-        ours = (message_headers or {}).get(HEADER)
+        ours = message_headers.get(HEADER) if message_headers else None
         if not isinstance(ours, Mapping):
             return cls()
-        rows = ours.get("ledger")
-        return cls(
-            contract=_text(ours.get("contract")),
-            attempt=_count(ours.get("attempt"), least=1),
-            queue=_text(ours.get("queue")),
-            sent_at=_time(ours.get("sent_at")),
-            due_at=_time(ours.get("due_at")),
-            ledger=tuple(filter(None, map(Attempt.of, rows))) if isinstance(rows, list | tuple) else (),
-            replay=_count(ours.get("replay"), least=0),
-            replayed_by=_text(ours.get("replayed_by")),
-            turn=_count(ours.get("turn"), least=0),
-            key=_text(ours.get("key")),
-            call=_text(ours.get("call")),
-            joined=_text(ours.get("joined")),
-            waits=_count(ours.get("waits"), least=0),
-            context=context if isinstance(context := ours.get("context"), Mapping) else None,
-        )
+        return cls(**{name: _READ[name](value) for name, value in ours.items() if name in _READ})
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """
@@ -214,7 +199,7 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _count(value: Any, *, least: int) -> int:
+def _count(value: Any, *, least: int = 0) -> int:
     return value if isinstance(value, int) and value >= least else least
 
 
@@ -223,3 +208,22 @@ def _time(value: Any) -> float | None:
         return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:  # an int beyond all floats
         return None
+
+
+def _ledger(value: Any) -> tuple[Attempt, ...]:
+    return tuple(filter(None, map(Attempt.of, value))) if isinstance(value, list | tuple) else ()
+
+
+def _mapping(value: Any) -> Mapping[str, Any] | None:
+    return value if isinstance(value, Mapping) else None
+
+
+#: How each fact is read. What cannot be counts as absent.
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("contract", "queue", "replayed_by", "key", "call", "joined"), _text),
+    **dict.fromkeys(("sent_at", "due_at"), _time),
+    **dict.fromkeys(("replay", "turn", "waits"), _count),
+    "attempt": partial(_count, least=1),
+    "ledger": _ledger,
+    "context": _mapping,
+}

@@ -22,7 +22,7 @@ from celerykit.headers import Headers
 
 __all__ = ["SECRETS", "at_hand", "connect", "facts_of", "handling", "header_of", "note", "ready_at", "travelling"]
 
-#: The headers of the message that a worker's parent process is busy with.
+#: The headers of the message that a worker's parent process is busy with, as a request has them.
 at_hand: ContextVar[Mapping[str, Any] | None] = ContextVar("celerykit_at_hand", default=None)
 
 #: A mark on the request of a running task: what binds its secret values.
@@ -35,7 +35,7 @@ _BEFORE, _HEADER = "celerykit_before", "celerykit_header"
 _FACTS = frozenset(
     (
         *("task", "id", "root_id", "parent_id", "attempt", "queue", "worker", "key", "wait_ms"),
-        *("kind", "delay", "next_attempt", "error", "error_fingerprint"),
+        *("kind", "delay", "next_attempt", "run_ms", "error", "error_fingerprint"),
     )
 )
 
@@ -47,17 +47,12 @@ class _Before(NamedTuple):
     """What is put back when a run ends."""
 
     context: Token[context.Bound | None]
-    run: Token[_Run | None]
+    run: Token[bool]
     all: Context
 
 
-class _Run(NamedTuple):
-    """How to take back what is shown of the running call."""
-
-    shown: list[Mapping[str, Token[Any]]]
-
-
-_run: ContextVar[_Run | None] = ContextVar("celerykit_run", default=None)
+#: Whether a call runs here, whose facts are bound.
+_runs: ContextVar[bool] = ContextVar("celerykit_runs", default=False)
 
 
 def connect() -> None:
@@ -72,25 +67,26 @@ def note(**facts: Any) -> None:
 
     A retry, a snooze and a wait tell themselves by ``kind``.
     """
-    if (run := _run.get()) is not None:
-        run.shown.append(_show({name: value for name, value in facts.items() if value is not None}))
+    if _runs.get():
+        _contextvars().bind_contextvars(**{name: value for name, value in facts.items() if value is not None})
 
 
 # In a pool's process
 
 
 def _begin(*, task: Any, **_: Any) -> None:
-    if not hasattr(task.app, "call_steps"):
+    app = task.app
+    if not hasattr(app, "call_steps"):
         return  # another app's
     request, before = task.request, copy_context()
     header = Headers.of(request.headers)
     setattr(request, _HEADER, header)
     facts = _facts(task, request, header)
-    bound = _context_of(task.app, request, header)
+    bound = _context_of(app, request, header)
     # A call in place, inside another one's run, has no key because that one has.
     shown = {**_NO_FACTS, **facts, **bound.shown} if request.is_eager else {**facts, **bound.shown}
-    run = _Run([_show(shown)])
-    setattr(request, _BEFORE, _Before(context.bind(bound), _run.set(run), before))
+    _contextvars().bind_contextvars(**shown)
+    setattr(request, _BEFORE, _Before(context.bind(bound), _runs.set(True), before))
     if events.TASK_STARTED.is_wanted:
         events.TASK_STARTED.tell(**facts)
 
@@ -102,23 +98,11 @@ def _end(*, task: Any, **_: Any) -> None:
     if before is None:
         return
     delattr(request, _BEFORE)
-    run = _run.get()
     try:
-        if run is not None:
-            _hide(run.shown)
         _put_back(before.all)
     finally:
-        _run.reset(before.run)
+        _runs.reset(before.run)
         context.unbind(before.context)
-
-
-def _show(facts: Mapping[str, Any]) -> Mapping[str, Token[Any]]:
-    return _contextvars().bind_contextvars(**facts)  # type: ignore[no-any-return]
-
-
-def _hide(shown: list[Mapping[str, Token[Any]]]) -> None:
-    for tokens in reversed(shown):
-        _contextvars().reset_contextvars(**tokens)
 
 
 @cache
@@ -130,10 +114,10 @@ def _contextvars() -> Any:
 
 
 def _put_back(before: Context) -> None:
-    """Take back what the task itself has bound to its log lines, and never took back."""
+    """Take back what is bound to log lines since: by us, and by the task itself, which may never take it back."""
+    prefix, was_bound = _contextvars().STRUCTLOG_KEY_PREFIX, before.get
     for var, value in copy_context().items():
-        was = before.get(var, ...)
-        if value is not was and var.name.startswith(_contextvars().STRUCTLOG_KEY_PREFIX):
+        if var.name.startswith(prefix) and value is not (was := was_bound(var, ...)):
             var.set(was)
 
 
@@ -172,13 +156,20 @@ def header_of(request: Any) -> Headers:
 
 def ready_at(request: Any, header: Headers) -> float | None:
     """Tell since when the running attempt could have started, in seconds since 1970, if its sender said so."""
-    times = [time for time in (header.sent_at, header.due_at) if time is not None]
+    times = [header.sent_at, header.due_at]
     if header.ledger:
         last = header.ledger[-1]
         times.append(last.started + last.ran)
     if request.eta:
-        times.append(cast("Any", maybe_iso8601(request.eta)).timestamp())
-    return max(times, default=None)
+        times.append(_seconds(request.eta))
+    return max(filter(None, times), default=None)
+
+
+def _seconds(eta: Any) -> float | None:
+    try:
+        return cast("float", cast("Any", maybe_iso8601(eta)).timestamp())
+    except (TypeError, ValueError, OverflowError, AttributeError):
+        return None
 
 
 # Where it does not run
@@ -214,16 +205,21 @@ def handling(headers: Mapping[str, Any] | None, app: Any) -> Iterator[None]:
 def facts_of(headers: Mapping[str, Any] | None) -> dict[str, Any]:
     """Give what a message's headers tell of its call, for a line that is logged where it does not run."""
     headers = headers or {}
-    header = Headers.of(headers)
-    root_id = headers.get("root_id") or headers.get("id")
+    header, call_id = Headers.of(headers), headers.get("id")
+    root_id, parent_id = headers.get("root_id") or call_id, headers.get("parent_id")
     facts = {
         "task": headers.get("task"),
-        "id": headers.get("id"),
+        "id": call_id,
         "root_id": root_id,
-        "parent_id": headers.get("parent_id"),
+        "parent_id": parent_id if parent_id != call_id else None,
         "attempt": header.attempt,
-        "queue": header.queue,
+        "queue": header.queue or _routing_key(headers.get("delivery_info")),
         "key": header.key,
-        **context.carried(context.Context, header.context, root_id=root_id).shown,
+        **context.told(header.context, root_id=root_id),
     }
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _routing_key(delivery: Any) -> Any:
+    # A request has it among its headers, as it came with the message.
+    return delivery.get("routing_key") if isinstance(delivery, Mapping) else None

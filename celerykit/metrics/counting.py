@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from celery import signals
-from celery.utils.time import maybe_iso8601
 
-from celerykit import events
-from celerykit.headers import HEADER
+from celerykit import events, running
+from celerykit.headers import Headers
 from celerykit.metrics import names
 from celerykit.metrics.names import Metric
 
@@ -114,11 +113,11 @@ class Counting:
         request = task.request
         if request.is_eager:
             return
-        queue, now = self._queue_of(request), time.time()
+        queue = self._queue_of(request)
         # Kept at the request, which is this run's.
         request.celerykit_began = time.perf_counter()
         self._numbers.count(names.STARTED, task.name, queue)
-        if (waited := _waited(request, now)) is not None:
+        if (waited := _waited(request)) is not None:
             self._numbers.measure(names.WAIT, waited, task.name, queue)
 
     def _on_end(self, task: Any = None, state: Any = None, retval: Any = None, **_: Any) -> None:
@@ -166,7 +165,7 @@ class Counting:
 
     def _queue_of(self, request: Any) -> str:
         info = request.delivery_info or {}
-        return self.queue(_ours(request).get("queue") or info.get("routing_key"))
+        return self.queue(_header_of(request).queue or info.get("routing_key"))
 
 
 _COUNTED = {
@@ -179,35 +178,24 @@ _COUNTED = {
 }
 
 
-def _ours(request: Any) -> Mapping[str, Any]:
+def _header_of(request: Any) -> Headers:
     """Give our header of a request, of a child's or of the parent's."""
-    headers = getattr(request, "request_dict", None) or request.headers
-    ours = headers.get(HEADER) if isinstance(headers, Mapping) else None
-    return ours if isinstance(ours, Mapping) else {}
+    of_parent = getattr(request, "request_dict", None)
+    return running.header_of(request) if of_parent is None else Headers.of(of_parent)
 
 
-def _waited(request: Any, now: float) -> float | None:
-    """Give the seconds since a call was due or sent; nothing for one that had been delivered before."""
+def _waited(request: Any) -> float | None:
+    """Give the seconds since a run could have started; nothing for one that had been delivered before."""
     if (request.delivery_info or {}).get("redelivered"):
         return None
-    ours = _ours(request)
-    try:
-        if request.eta:
-            since = max(maybe_iso8601(request.eta).timestamp(), ours.get("due_at") or 0.0)  # type: ignore[union-attr]
-        else:
-            since = ours.get("due_at") or ours.get("sent_at")
-        return None if since is None else max(0.0, now - since)
-    except (TypeError, ValueError, OverflowError, AttributeError):
-        return None
+    since = running.ready_at(request, _header_of(request))
+    return None if since is None else max(0.0, time.time() - since)
 
 
 def _kind(request: Any, retry: Any) -> str:
     """Tell a retry from what was only put off, by the message that was sent."""
     options = getattr(getattr(retry, "sig", None), "options", None) or {}
-    following = (options.get("headers") or {}).get(HEADER)
-    if not isinstance(following, Mapping):
-        return "retried"
-    if following.get("waits", 0) > _ours(request).get("waits", 0):
+    following = Headers.of(options.get("headers"))
+    if following.waits > _header_of(request).waits:
         return "waiting"
-    ledger = following.get("ledger") or [()]
-    return "snoozed" if "snooze" in ledger[-1] else "retried"
+    return "snoozed" if following.ledger and following.ledger[-1].outcome == "snooze" else "retried"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import mmap
 import os
 import shutil
 import tempfile
@@ -36,6 +37,8 @@ __all__ = ["Files"]
 #: Half of it has no types.
 _MmapedDict: Any = mmap_dict.MmapedDict
 
+_can_allocate = hasattr(os, "posix_fallocate")
+
 _PREFIX = "celerykit-metrics-"
 
 #: Seconds for which a folder is left alone, whose worker may be about to lock it.
@@ -43,6 +46,9 @@ _YOUNG = 60.0
 
 #: Bytes of a file to begin with: the numbers of some thirty tasks.
 _SIZE = 256 * 1024
+
+#: Bytes that a number takes beside its key.
+_MOST_AROUND = 4 + 8 + 16
 
 #: Held by a worker, and by its children, as long as they live.
 _LOCK = "lock"
@@ -61,8 +67,8 @@ class Files:
         _sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._held = _locked(self.folder)
-        self._numbers: dict[str, Any] = {}
-        self._opened: list[Any] = []
+        self._numbers: dict[str, _Numbers] = {}
+        self._opened: list[_Numbers] = []
         self._keys: dict[tuple[Any, ...], Any] = {}
         self.write_as("main")
         # Another thread may hold it at the moment of a fork.
@@ -98,7 +104,7 @@ class Files:
             with self._lock:
                 # All of them are told, the empty ones too: sums over several histograms need them.
                 for bucket in known[1]:
-                    numbers.read_value(bucket)
+                    _add(numbers, bucket, 0.0)
         total, buckets = known
         with self._lock:
             _add(numbers, buckets[bisect_left(BUCKETS, seconds)], 1.0)
@@ -118,17 +124,30 @@ class Files:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _opened(path: Path) -> Any:
-    if hasattr(os, "posix_fallocate"):
-        # A full disk is an error here. Later, it would be the end of the process that writes.
+class _Numbers(_MmapedDict):  # type: ignore[misc]
+    """One file, which grows without holes: on a full disk, a hole is the end of the process that writes to it."""
+
+    def _init_value(self, key: str) -> None:
+        while _can_allocate and self._used + len(key.encode()) + _MOST_AROUND > self._capacity:
+            os.posix_fallocate(self._f.fileno(), 0, self._capacity * 2)
+            self._capacity *= 2
+            self._m = mmap.mmap(self._f.fileno(), self._capacity)
+        super()._init_value(key)
+
+
+def _opened(path: Path) -> _Numbers:
+    if _can_allocate:
         with path.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, _SIZE)
-    return _MmapedDict(str(path))
+    return _Numbers(str(path))
 
 
-def _add(numbers: Any, key: str, amount: float) -> None:
+def _add(numbers: _Numbers, key: str, amount: float) -> None:
     # Read anew: where two processes share a place after all, none goes back to what it knew.
-    value, _ = numbers.read_value(key)
+    try:
+        value, _ = numbers.read_value(key)
+    except OSError:  # the disk is full, and there is no room for another number
+        return
     numbers.write_value(key, value + amount, 0.0)
 
 

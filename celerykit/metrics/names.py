@@ -77,7 +77,7 @@ WAIT = Metric(
     "celerykit_task_wait_seconds",
     "histogram",
     ("task", "queue"),
-    "From when a call was sent, or was due, to the start of its run. First deliveries only.",
+    "From when a run was sent, was due, or could follow on the one before, to its start. First deliveries only.",
 )
 RUN = Metric("celerykit_task_run_seconds", "histogram", ("task", "queue"), "How long runs took that came to an end.")
 

@@ -205,7 +205,7 @@ class Consumer(_Stock):  # type: ignore[misc]
         def on_message(message: Any) -> None:
             message.undertaker = self.undertaker
             self.vitals.receive(message)
-            token = running.at_hand.set(message.headers)
+            token = running.at_hand.set(_told_by(message))
             try:
                 self._check(message)
                 receive(message)
@@ -300,7 +300,8 @@ class Consumer(_Stock):  # type: ignore[misc]
             if dispatcher := self.event_dispatcher:
                 dispatcher.send("task-failed", uuid=task_id, exception=repr(error))
         except Exception as failure:  # noqa: BLE001  (an edge: a backend that is down, or headers that make no sense)
-            events.RESULT_NOT_STORED.tell(task=_text(headers.get("task")), id=task_id, error=failure)
+            name = headers.get("task")
+            events.RESULT_NOT_STORED.tell(task=name if isinstance(name, str) else None, id=task_id, error=failure)
 
 
 def _embed_of(message: Any) -> Mapping[str, Any]:
@@ -312,5 +313,7 @@ def _embed_of(message: Any) -> Mapping[str, Any]:
     return embed if isinstance(embed, Mapping) else {}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def _told_by(message: Any) -> Mapping[str, Any] | None:
+    """Give what a message tells of its call, as a request has it later."""
+    headers = message.headers
+    return {**headers, "delivery_info": message.delivery_info} if isinstance(headers, Mapping) else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -140,7 +141,9 @@ def test_what_was_only_put_off_is_no_retry(numbers: Recorder, following: Any, ou
         ({"sent_at": 5}, {}, 0),
         ({}, {}, None),
         ({"sent_at": "yesterday"}, {}, None),
-        ({"sent_at": -5}, {"eta": "whenever"}, None),
+        ({"sent_at": -5}, {"eta": "whenever"}, 5),
+        # The attempt before ran most of that time, and this one was to follow at once.
+        ({"sent_at": -500, "ledger": -2}, {}, 2),
         # Most of that time somebody was running it.
         ({"sent_at": -500}, {"redelivered": True}, None),
     ],
@@ -150,6 +153,8 @@ def test_a_call_waits_from_when_it_was_sent_or_due(
 ) -> None:
     now = time.time()
     given = {name: value + now if isinstance(value, int) else value for name, value in ours.items()}
+    if ended := given.get("ledger"):
+        given["ledger"] = [[ended - 400, 0, 400, "retry", "", ""]]
     eta = options.get("eta")
     if isinstance(eta, int):
         options = {"eta": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now + eta)) + "+00:00"}
@@ -261,6 +266,33 @@ def test_a_new_process_goes_on_where_the_one_before_it_ended(files: Files) -> No
     assert found["celerykit_task_run_seconds_bucket", ("0.25", "celery", "shop.charge")] == 6
     # Six, whatever number of processes there was.
     assert len(list(files.folder.glob("*.db"))) == 6
+
+
+def test_a_file_that_grows_has_no_holes_that_a_full_disk_could_not_fill(files: Files) -> None:
+    for number in range(300):
+        files.measure(names.RUN, 0.2, f"shop.task{number}", "celery")
+
+    grown = (files.folder / "histogram_main.db").stat()
+    assert grown.st_size > 512 * 1024
+    assert grown.st_blocks * 512 >= grown.st_size
+    assert samples(files)["celerykit_task_run_seconds_count", ("celery", "shop.task299")] == 1
+
+
+def test_on_a_full_disk_what_is_counted_already_goes_on_and_nothing_ends(files: Files) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400 * 1024, hard))
+    try:
+        for _ in range(2):
+            for number in range(100):
+                files.count(names.STARTED, f"shop.task{number}", "celery")
+                files.measure(names.RUN, 0.2, f"shop.task{number}", "celery")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    found = samples(files)
+    assert found["celerykit_tasks_started_total", ("celery", "shop.task99")] == 2
+    assert found["celerykit_task_run_seconds_count", ("celery", "shop.task0")] == 2
+    assert ("celerykit_task_run_seconds_count", ("celery", "shop.task99")) not in found
 
 
 def test_what_a_killed_worker_left_is_removed_and_what_a_living_one_has_is_not(files: Files) -> None:

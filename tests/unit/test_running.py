@@ -445,6 +445,41 @@ def test_a_message_tells_its_facts_where_it_does_not_run() -> None:
     assert running.facts_of(None) == {"attempt": 1}
 
 
+def test_a_call_that_is_sent_again_is_not_its_own_parent_where_it_does_not_run(
+    app: Any, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Celery names the call that runs, which is the same, for a retry, a snooze and `replace`."""
+    caplog.set_level(logging.INFO, "celerykit.task")
+
+    @app.task(name="other")
+    def other() -> None: ...
+
+    @app.task(name="pay", bind=True)
+    def pay(self: Any) -> None:
+        self.replace(other.s())
+
+    sent = pay.delay()
+    run(app, queue)
+    message = run(app, queue)
+
+    assert (message.headers["parent_id"], message.headers["id"]) == (sent.id, sent.id)
+    assert "parent_id" not in running.facts_of(message.headers)
+    told = [record.data for record in caplog.records if str(record.msg).startswith("task.sent task=other")]  # type: ignore[attr-defined]
+    assert [("parent_id" in facts, facts["id"]) for facts in told] == [(False, sent.id)]
+
+
+def test_what_is_no_context_is_not_told_where_a_call_does_not_run() -> None:
+    traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    headers = Headers(context={"correlation_id": "two words", "traceparent": traceparent, "tenant": "acme"})
+    told = running.facts_of(headers.added_to({"id": "i-1"}))
+
+    assert (told["correlation_id"], told["trace_id"]) == ("i-1", "0af7651916cd43dd8448eb211c80319c")
+    assert "tenant" not in told
+    headers = Headers(context={"correlation_id": 7, "traceparent": "00-nothing"})
+    assert running.facts_of(headers.added_to({"id": "i-1"}))["correlation_id"] == "i-1"
+    assert "trace_id" not in running.facts_of(headers.added_to({"id": "i-1"}))
+
+
 def test_who_only_declares_tasks_does_not_import_structlog() -> None:
     code = "import sys, celerykit.app; celerykit.app.CeleryKit('x'); sys.exit('structlog' in sys.modules)"
 
