@@ -68,7 +68,7 @@ class Event:
     @property
     def is_wanted(self) -> bool:
         """Tell whether anybody hears of it: for those whose facts cost something."""
-        return bool(_observers) or self.logger.isEnabledFor(self.level)
+        return bool(_observers) or self._is_logged()
 
     def tell(self, *, exc_info: Any = None, **facts: Any) -> None:
         """
@@ -85,15 +85,35 @@ class Event:
         facts = {name: value for name, value in facts.items() if value is not None}
         for observer in _observers:
             observer(self, facts)
-        if self.logger.isEnabledFor(self.level):
+        if self._is_logged():
             said: Any = Said(self, facts)
             self.logger.log(self.level, said, exc_info=exc_info, extra={"data": facts}, stacklevel=2)
 
+    def _is_logged(self) -> bool:
+        if self.logger.disabled:
+            # `logging.config` does it, unless it is told otherwise, to each logger that it finds. Nobody means ours:
+            # who does not want an event sets a level.
+            self.logger.disabled = False
+        return self.logger.isEnabledFor(self.level)
+
 
 def describe(error: BaseException) -> str:
-    """Write an error in one text, without the passwords of URLs: clients of brokers and databases quote theirs."""
-    text = mask_text(str(error)).strip()
+    """
+    Write an error in one text, without the passwords of URLs: clients of brokers and databases quote theirs.
+
+    Of one that cannot be written it is the name.
+    """
+    try:
+        text = mask_text(str(error)).strip()
+    except Exception as broken:  # (an edge: anybody's error)
+        if type(broken).__name__ == _INTERRUPTION:
+            raise
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+#: What ends a run wherever it is, in the name of a limit; Celery's, which is not known here.
+_INTERRUPTION = "SoftTimeLimitExceeded"
 
 
 def _written(value: Any) -> str:

@@ -7,11 +7,15 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 
 import celerykit
 from celerykit import events
@@ -80,6 +84,39 @@ def test_an_error_shows_no_password_of_a_url() -> None:
     error = ConnectionError("cannot reach redis://app:hush@queue:6379/0")
 
     assert describe(error) == "ConnectionError: cannot reach redis://app:***@queue:6379/0"
+
+
+class Unwritable(Exception):
+    def __str__(self) -> str:
+        raise self.args[0]
+
+
+def test_an_error_that_cannot_be_written_is_told_by_its_name() -> None:
+    assert describe(Unwritable(KeyError("order"))) == "Unwritable"
+    with pytest.raises(SoftTimeLimitExceeded):
+        describe(Unwritable(SoftTimeLimitExceeded()))
+
+
+def test_an_event_is_heard_though_logging_was_configured_after_us() -> None:
+    """`logging.config` disables each logger that there is, unless it is told not to."""
+    program = """
+        import logging.config
+        from celerykit import events
+
+        logging.config.dictConfig({
+            "version": 1,
+            "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
+            "root": {"handlers": ["out"], "level": "INFO"},
+        })
+        print(events.TASK_SENT.is_wanted)
+        events.TASK_DEAD.tell(task="shop.charge")
+    """
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=30, check=True
+    )
+
+    assert done.stdout.splitlines() == ["True", "task.dead task=shop.charge"]
 
 
 def test_an_error_may_bring_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
