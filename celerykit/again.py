@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
+from celery import current_task
 from celery.exceptions import Ignore, Reject, Retry
 from celery.utils.serialization import get_pickleable_exception
 
 from celerykit import redact, running
 from celerykit.call import Later
 from celerykit.dead_letters import error_fingerprint
-from celerykit.errors import DuplicateCall
+from celerykit.errors import DuplicateCall, InvalidPayload
 from celerykit.events import describe
 from celerykit.headers import Attempt, Headers
 from celerykit.idempotency import Waiting
@@ -99,12 +100,19 @@ def note_again(
         next_attempt=following.attempt,
         error=redact.scrub(describe(error)) if error is not None and kind == "retry" else None,
         error_fingerprint=fingerprint or None,
+        run_ms=_run_ms(),
     )
 
 
 def note_failed(error: BaseException) -> None:
     """Add to Celery's record of a failure what it does not know."""
-    running.note(error_fingerprint=_fingerprint(error))
+    is_invalid = isinstance(error, InvalidPayload) and error.task == getattr(current_task, "name", None)
+    running.note(error_fingerprint=_fingerprint(error), run_ms=None if is_invalid else _run_ms())
+
+
+def _run_ms() -> float | None:
+    started: float | None = getattr(getattr(current_task, "request", None), ENTERED, None)
+    return None if started is None else round((time.time() - started) * 1000, 1)
 
 
 def not_sent(error: Any) -> Exception:
@@ -166,9 +174,7 @@ def descriptions(request: Any, *, args: Any = None, kwargs: Any = None) -> dict[
     """
     written = {"argsrepr": args, "kwargsrepr": kwargs}
     return {
-        name: shown
-        for name, others in written.items()
-        if others is None and (shown := getattr(request, name, None))
+        name: shown for name, others in written.items() if others is None and (shown := getattr(request, name, None))
     }
 
 

@@ -4,6 +4,7 @@ Logs: one line of JSON for each event, in a worker and in beat; text where a per
     program     where Celery sets up logging; what `app.log` is
     lifting     Celery's own records as events
     lines       a record as a line
+    handlers    what takes lines
     pipe        lines to a stream that may be slow to read
     printed     `print`, and exceptions that nobody catches
     joined      our part, for programs that have logging of their own

@@ -12,6 +12,7 @@ from structlog.contextvars import merge_contextvars
 from celerykit import redact
 from celerykit.events import Said
 from celerykit.logs.lifting import lift
+from celerykit.logs.lines import is_of_call
 
 __all__ = ["configure_structlog", "lifted", "redacted"]
 
@@ -46,9 +47,12 @@ def lifted(logger: Any, method: str, event_dict: EventDict) -> EventDict:
     return event_dict
 
 
+_KEPT = ("_record", "_from_structlog", "exc_info")
+
+
 def redacted(logger: Any, method: str, event_dict: EventDict) -> EventDict:
     """Mask what is secret by its name, its mark or its value: a processor for structlog, before it is rendered."""
-    kept = {name: value for name, value in event_dict.items() if name in ("_record", "_from_structlog", "exc_info")}
+    kept = {name: value for name, value in event_dict.items() if name in _KEPT or is_of_call(name, value)}
     return {**redact.clean({name: value for name, value in event_dict.items() if name not in kept}), **kept}
 
 

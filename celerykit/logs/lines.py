@@ -3,7 +3,8 @@ One record, one line: JSON for machines, or text for people.
 
 A line has when, how bad and what, then the facts of the event, then those of
 the call that runs, then who says it. Whatever it is given it writes something,
-and never raises: who logs does not expect that anything can go wrong.
+and never raises: who logs does not expect that anything can go wrong. Only a
+soft time limit passes, which may strike here as anywhere in a task.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from pathlib import PurePath
 from typing import Any, Literal, cast
 from uuid import UUID
 
+from celery.exceptions import SoftTimeLimitExceeded
 from structlog.contextvars import get_contextvars
 
 from celerykit import redact, running
 from celerykit.dead_letters import error_fingerprint
-from celerykit.events import LOG_UNREADABLE, Said, describe
+from celerykit.events import EVENTS, LOG_UNREADABLE, Said, describe
 from celerykit.logs.lifting import lift
 
-__all__ = ["MOST_BYTES", "Fields", "Formatter", "fields_of"]
+__all__ = ["MOST_BYTES", "Fields", "Formatter", "fields_of", "is_of_call"]
 
 Fields = dict[str, Any]
 
@@ -56,13 +58,25 @@ _OWN = frozenset(
 #: What only this module may say.
 _RESERVED = frozenset(("timestamp", "level", "event", "logger"))
 
-#: What we bind for a running call, in the order in which it is written. None of it can be a secret.
+#: What we bind for a running call, in the order in which it is written. None of it can be a secret: a short secret may
+#: stand in an id by chance, and is not told by it.
 _OF_CALL = ("task", "id", "root_id", "parent_id", "correlation_id", "attempt", "queue", "worker", "key", "wait_ms")
-_NOTED = ("kind", "delay", "next_attempt", "reason", "error_fingerprint")
+_NOTED = ("kind", "delay", "next_attempt", "run_ms", "reason", "error_fingerprint")
 _OURS = frozenset((*_OF_CALL, *_NOTED))
 
 #: What of it belongs to that one call only. A line about another call has none of it.
-_ONE_CALLS = frozenset((*_OF_CALL, *_NOTED)) - {"root_id", "correlation_id", "worker"}
+_ONE_CALLS = _OURS - {"root_id", "correlation_id", "worker"}
+
+#: What is told of a running call, and of nothing else meanwhile.
+_TAKEN = _OURS | {"outcome"}
+
+#: What of an event can be no secret, either.
+_OPEN = frozenset((*_OF_CALL, "run_ms", "outcome", "error_fingerprint", "kind", "next_attempt", "letter", "first"))
+
+#: What tells of a process, and not of the call that it runs at that moment.
+_OF_PROCESSES = frozenset(
+    name for name in EVENTS if name.partition(".")[0] in ("worker", "beat", "broker", "metrics", "health")
+)
 
 #: What a person who reads text does not need on each line.
 _LEFT_OUT_OF_TEXT = frozenset(("root_id", "parent_id", "queue", "worker", "wait_ms", "logger", "outcome"))
@@ -103,6 +117,8 @@ class Formatter(logging.Formatter):
         try:
             fields = fields_of(record, worker=self.worker)
             return _as_text(fields, record, self.colours) if self.kind == "text" else _as_json(fields)
+        except SoftTimeLimitExceeded:
+            raise
         except Exception as error:  # noqa: BLE001  (an edge: who logs does not expect an error)
             return _unreadable(record, error)
 
@@ -114,11 +130,18 @@ def fields_of(record: logging.LogRecord, *, worker: str | None = None) -> Fields
     """Give what a line says, by name, in order."""
     event, facts, is_ours = _said(record)
     _describe_error(facts)
-    context = _context(facts)
-    if redact.is_active():
-        event, facts, context = redact.scrub(event), _cleaned(facts), _cleaned(context)
-    elif not is_ours:
-        facts = _cleaned(facts)
+    is_active = redact.is_active()
+    if is_ours:
+        context = {} if event in _OF_PROCESSES else _context(facts)
+        if is_active:
+            facts = _cleaned(facts, _OPEN)
+    else:
+        # Celery has some that tell of a call and are no event.
+        context = _context(facts if record.name.startswith("celery.") else {})
+        facts = _cleaned(_beside(facts, context))
+        event = redact.scrub(event) if is_active else event
+    if is_active:
+        context = _cleaned(context, _OPEN)
     fields: Fields = {"timestamp": _timestamp(record), "level": record.levelname.lower(), "event": event}
     for name, value in facts.items():
         fields[f"{name}_" if name in _RESERVED else name] = value
@@ -130,6 +153,11 @@ def fields_of(record: logging.LogRecord, *, worker: str | None = None) -> Fields
     _add_error(fields, record)
     _add_trace(fields)
     return fields
+
+
+def is_of_call(name: str, value: Any) -> bool:
+    """Tell whether it is a fact of the running call, which is no secret."""
+    return name in _OF_CALL and value is get_contextvars().get(name, ...)
 
 
 def _said(record: logging.LogRecord) -> tuple[str, Fields, bool]:
@@ -152,9 +180,34 @@ def _said(record: logging.LogRecord) -> tuple[str, Fields, bool]:
     return _message(record), facts, False
 
 
-def _cleaned(facts: Fields) -> Fields:
+def _beside(facts: Fields, context: Fields) -> Fields:
+    """Have what somebody calls as a fact of the running call is called stand beside that."""
+    if "id" not in context or _TAKEN.isdisjoint(facts):
+        return facts
+    beside: Fields = {}
+    for name, value in facts.items():
+        known = context.get(name)
+        if name == "outcome" or (known is not None and name in _OURS):
+            if type(value) is type(known) and value == known:
+                continue  # structlog's `merge_contextvars` was before
+            name = f"{name}_"
+        beside[name] = value
+    return beside
+
+
+def _cleaned(facts: Fields, but: frozenset[str] = frozenset()) -> Fields:
+    if but.isdisjoint(facts):
+        return _cleaned_all(facts)
+    cleaned = _cleaned_all({name: value for name, value in facts.items() if name not in but})
+    # In the order that they had.
+    return {name: cleaned[name] if name in cleaned else facts[name] for name in facts if name in cleaned or name in but}
+
+
+def _cleaned_all(facts: Fields) -> Fields:
     try:
         return cast("Fields", redact.clean(facts))
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: a key, or an error, that cannot be written)
         return {name: _cleaned_alone(name, value) for name, value in facts.items()}
 
@@ -162,6 +215,8 @@ def _cleaned(facts: Fields) -> Fields:
 def _cleaned_alone(name: str, value: Any) -> Any:
     try:
         return redact.clean({name: value})[name]
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (as above; what cannot be cleaned may be a secret)
         return f"<{type(value).__name__}>"
 
@@ -173,6 +228,8 @@ _STRUCTLOGS = frozenset(("event", "exc_info", "level", "timestamp", "logger", "s
 def _message(record: logging.LogRecord) -> str:
     try:
         return record.getMessage()
+    except SoftTimeLimitExceeded:
+        raise
     except Exception as error:  # noqa: BLE001  (an edge: arguments that do not fit, or that cannot be written)
         return f"{_text_of(record.msg)} (with arguments that do not fit: {type(error).__name__})"
 
@@ -224,17 +281,10 @@ def _add_error(fields: Fields, record: logging.LogRecord) -> None:
 def _describe_error(facts: Fields) -> None:
     error = facts.get("error")
     if isinstance(error, BaseException):
-        facts["error"] = _described(error)
+        facts["error"] = describe(error)
         if "error_fingerprint" not in facts:
             text = _writer.formatException((type(error), error, error.__traceback__))
             facts["error_fingerprint"] = error_fingerprint(type(error).__name__, text)
-
-
-def _described(error: BaseException) -> str:
-    try:
-        return describe(error)
-    except Exception:  # noqa: BLE001  (an edge: an error that cannot be written)
-        return type(error).__name__
 
 
 def _exception_of(exc_info: Any) -> Any:
@@ -248,7 +298,7 @@ def _add_exception(fields: Fields, exc_info: Any, record: logging.LogRecord) -> 
         return
     text = record.exc_text or _writer.formatException(exc_info)
     if "error" not in fields:
-        fields["error"] = redact.scrub(_described(exc_info[1]))
+        fields["error"] = redact.scrub(describe(exc_info[1]))
     fields.setdefault("error_fingerprint", error_fingerprint(exc_info[0].__name__, text))
     fields["traceback"] = redact.scrub(text)
 
@@ -272,7 +322,7 @@ def _add_trace(fields: Fields) -> None:
 def _plain(value: Any) -> Any:
     """Give something that JSON has, for something that it has not."""
     if isinstance(value, BaseException):
-        return _described(value)
+        return describe(value)
     if isinstance(value, timedelta):
         return round(value.total_seconds(), 6)
     if isinstance(value, date | time_of_day):
@@ -294,6 +344,8 @@ _LINE_ENDS = re.compile("[\x85\u2028\u2029]")
 def _as_json(fields: Fields) -> str:
     try:
         line = _encode(fields)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: NaN, a circle, a key that is no text, a repr that raises)
         line = _encode(_careful(fields, _CLIPS[0]))
     if len(line) > MOST_BYTES // 4:
@@ -331,6 +383,8 @@ def _careful(value: Any, clip: int, depth: int = 0) -> Any:
         return _careful_items(value, clip, depth)
     try:
         return _careful(_plain(value), clip, depth + 1) if depth < _DEEPEST else _clipped(_text_of(value), clip)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: anybody's object)
         return _clipped(_text_of(value), clip)
 
@@ -358,6 +412,8 @@ def _clipped(text: str, clip: int) -> str:
 def _text_of(value: Any) -> str:
     try:
         return str(value)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: anybody's object)
         return f"<{type(value).__name__}>"
 
@@ -411,7 +467,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, BaseException):
-        return _shown(_described(value))
+        return _shown(describe(value))
     text = value if isinstance(value, str) else _text_of(_careful(value, _CLIPS[1]))
     text = _clipped(text, _CLIPS[1])
     return repr(text) if not text or any(character.isspace() for character in text) else text

@@ -29,8 +29,10 @@ from collections import deque
 from typing import Any, Protocol
 
 from celery import signals
+from celery.exceptions import SoftTimeLimitExceeded
 
 from celerykit.events import LOG_DROPPED
+from celerykit.logs.handlers import Stream
 
 __all__ = ["BACKLOG", "PipeHandler", "handler_for"]
 
@@ -53,7 +55,7 @@ def handler_for(stream: Any) -> logging.Handler:
             mode = 0
         if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             return PipeHandler(stream)
-    return logging.StreamHandler(stream)
+    return Stream(stream)
 
 
 def _is_green() -> bool:
@@ -211,6 +213,8 @@ class PipeHandler(logging.StreamHandler[Any]):
         """Write it now if there is room, and else when there is. Called with the handler's lock."""
         try:
             line = f"{self.format(record)}{self.terminator}".encode(errors="backslashreplace")
+        except SoftTimeLimitExceeded:
+            raise
         except Exception:  # noqa: BLE001  (an edge: anybody's formatter)
             self.handleError(record)
             return

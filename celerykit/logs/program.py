@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from logging.handlers import WatchedFileHandler
 from typing import Any, Literal, cast
 
 import celery.app.log as stock
@@ -20,6 +19,8 @@ from celery import signals
 from celery.platforms import isatty
 from celery.utils.log import get_logger, mlevel
 
+from celerykit.errors import InvalidOptions
+from celerykit.logs.handlers import File, Stream
 from celerykit.logs.joined import configure_structlog
 from celerykit.logs.lines import Formatter
 from celerykit.logs.pipe import handler_for
@@ -29,6 +30,9 @@ __all__ = ["Logging"]
 
 #: Settings by which a program has said how Celery's own lines shall look.
 _FORMATS = ("worker_log_format", "worker_task_log_format")
+
+#: The loggers that Celery tells by, beside those below its own: its processes are billiard's.
+_CELERYS = ("celery", "multiprocessing", "py.warnings")
 
 _HIJACK = "worker_hijack_root_logger"
 
@@ -132,6 +136,8 @@ class Logging(_Logging):  # type: ignore[misc]
             # Celery marks its own class. Where a process had to set up again, it has said so on ours.
             if "_setup" in vars(type(self)):
                 del type(self)._setup
+            if not self.is_stock:
+                _enable_celerys()
 
     def _kind(self, logfile: Any) -> Literal["json", "text"]:
         if self._kit.log_format in ("json", "text"):
@@ -228,12 +234,21 @@ class Logging(_Logging):  # type: ignore[misc]
         return printed
 
 
+def _enable_celerys() -> None:
+    """Have Celery's loggers heard that a program's `logging.config` has found, and so disabled: it does by default."""
+    for name, logger in tuple(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and (name in _CELERYS or name.startswith("celery.")):
+            logger.disabled = False
+
+
 def _made(logfile: Any) -> logging.Handler:
     if logfile is None:
+        if sys.__stderr__ is None:
+            raise InvalidOptions("There is no standard error to log to: name a file, with --logfile.")
         return handler_for(sys.__stderr__)
     if hasattr(logfile, "write"):
-        return logging.StreamHandler(logfile)
-    return WatchedFileHandler(logfile, encoding="utf-8", errors="backslashreplace")
+        return Stream(logfile)
+    return File(logfile, encoding="utf-8", errors="backslashreplace")
 
 
 def _is_default_of_command() -> bool:

@@ -10,6 +10,7 @@ import warnings
 from datetime import timedelta
 
 import structlog
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.log import get_task_logger
 
 from celerykit import Backoff, CeleryKit, Retry
@@ -45,6 +46,18 @@ def flaky() -> None:
 @app.task(ignore_result=False)
 def fail() -> None:
     raise ValueError("bad news")
+
+
+@app.task(soft_time_limit=0.3, ignore_result=False)
+def log_on() -> str:
+    """Log, which takes its time, until a soft time limit strikes; it has none where it is on another thread."""
+    is_limited = threading.current_thread() is threading.main_thread()
+    try:
+        for number in range(300 if is_limited else 1):
+            logging.getLogger("shop").info("line %s", number, extra={"items": [object()] * 15_000})
+    except SoftTimeLimitExceeded:
+        return "struck"
+    return "went on"
 
 
 @app.task(schedule=timedelta(seconds=0.5), shared=False)

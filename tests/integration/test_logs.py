@@ -27,10 +27,11 @@ Line = dict[str, Any]
 class Story:
     """What a worker wrote from its first line to its last, while the shop was at work."""
 
-    def __init__(self, text: str, ids: dict[str, str]) -> None:
+    def __init__(self, text: str, ids: dict[str, str], *, struck: str) -> None:
         # Every line has to be JSON.
         self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
         self.ids = ids
+        self.struck = struck
 
     def of(self, task: str) -> list[Line]:
         return [line for line in self.lines if line.get("id") == self.ids[task]]
@@ -58,14 +59,16 @@ def work(server: Server, *options: str, folder: Path, files: str = "output") -> 
     try:
         services.eventually(lambda: '"worker.ready"' in written(), within=30, what=lambda: node.log)
         with Context.bound(correlation_id="req-1"):
-            sent = {task.name: task.delay() for task in (logs_shop.speak, logs_shop.flaky, logs_shop.fail)}
+            tasks = (logs_shop.speak, logs_shop.flaky, logs_shop.fail, logs_shop.log_on)
+            sent = {task.name: task.delay() for task in tasks}
         for result in sent.values():
             result.get(timeout=WITHIN, propagate=False)
         services.eventually(lambda: written().count('"task.dead"') == 2, within=WITHIN, what=written)
         assert node.stop(), node.log
     finally:
         node.kill()
-    return Story(written(), {name.rpartition(".")[2]: result.id for name, result in sent.items()})
+    results = {name.rpartition(".")[2]: result for name, result in sent.items()}
+    return Story(written(), {name: result.id for name, result in results.items()}, struck=results["log_on"].result)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +108,7 @@ def test_a_retry_is_told_with_what_follows(story: Story) -> None:
 
     assert (line["attempt"], line["next_attempt"]) == (1, 2)
     assert line["delay"] > 0
+    assert line["run_ms"] > 0
     assert line["error"].startswith("ConnectionError")
     assert line["error_fingerprint"] == story.one("task.failed", "flaky")["error_fingerprint"]
 
@@ -114,6 +118,7 @@ def test_a_failure_is_told_with_its_traceback(story: Story) -> None:
 
     assert (line["level"], line["error"], line["outcome"]) == ("error", "ValueError: bad news", "failed")
     assert line["traceback"].endswith("ValueError: bad news")
+    assert line["run_ms"] > 0
     assert story.one("task.dead", "fail")["correlation_id"] == "req-1"
 
 
@@ -143,6 +148,12 @@ def test_what_a_task_prints_is_told_with_its_call(story: Story) -> None:
 
     assert printed[:3] == ["printed A-1", "to stderr, in", "two lines"]
     assert printed[-1] == "KeyError: 'caught'"
+
+
+def test_a_soft_time_limit_that_strikes_while_a_task_logs_is_not_lost(story: Story) -> None:
+    is_limited = any(line["event"] == "task.over_time" for line in story.of("log_on"))
+
+    assert story.struck == ("struck" if is_limited else "went on")
 
 
 def test_an_exception_in_a_thread_is_told(story: Story) -> None:

@@ -30,12 +30,14 @@ from billiard.einfo import ExceptionInfo
 from billiard.exceptions import TimeLimitExceeded, WorkerLostError
 from celery import signals
 from celery.app import trace
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.utils.log import get_logger, get_task_logger
 from pydantic import BaseModel, Field
 
 from celerykit import CeleryKit, Redact, events, logs, redact, running
-from celerykit.errors import InvalidPayload
+from celerykit.errors import InvalidOptions, InvalidPayload
 from celerykit.logs import pipe
+from celerykit.logs.handlers import File, Stream
 from celerykit.logs.lifting import LIFTED
 from celerykit.logs.lines import MOST_BYTES
 from celerykit.logs.printed import Printed
@@ -156,6 +158,49 @@ def test_a_line_about_another_call_has_nothing_of_the_running_one_but_its_root(b
 
     assert (line["task"], line["id"], line["root_id"], line["correlation_id"]) == ("shop.mail", ID, OTHER, "c")
     assert {"attempt", "queue", "key", "wait_ms"}.isdisjoint(line)
+
+
+def test_what_somebody_calls_as_a_fact_of_the_call_is_called_stands_beside_it(bound):
+    bound(task="shop.charge", id=ID, attempt=2, queue="slow", tenant="acme")
+    theirs: dict[str, Any] = {"id": 77, "queue": "mine", "outcome": "succeeded", "tenant": "other"}
+
+    lines = [
+        told(record("paid", **theirs)),
+        told(record("paid", data=theirs)),
+        told(
+            record({"event": "paid", "id": 77, "queue": "mine", "outcome": "succeeded", "tenant": "other"}, _logger=1)
+        ),
+    ]
+
+    for line in lines:
+        assert (line["task"], line["id"], line["attempt"], line["queue"]) == ("shop.charge", ID, 2, "slow")
+        assert (line["id_"], line["queue_"], line["outcome_"], line["tenant"]) == (77, "mine", "succeeded", "other")
+        assert "outcome" not in line
+
+
+def test_where_no_call_runs_somebodys_fields_have_their_names():
+    assert told(record("paid", id=77))["id"] == 77
+
+
+def test_what_structlog_has_merged_already_is_told_once(bound):
+    bound(task="shop.charge", id=ID, attempt=2)
+
+    line = told(record({"event": "paid", "task": "shop.charge", "id": ID, "attempt": 2}, _logger=1))
+
+    assert {"task_", "id_", "attempt_"}.isdisjoint(line)
+    assert (line["task"], line["id"], line["attempt"]) == ("shop.charge", ID, 2)
+
+
+def test_what_is_told_of_a_process_has_nothing_of_the_call_that_runs(bound, caplog):
+    bound(task="shop.charge", id=ID, root_id=ID, correlation_id="c", attempt=2)
+    with caplog.at_level(logging.INFO):
+        events.WORKER_STOPPING.tell(worker="w1@host", how="warm", signal="SIGTERM")
+        events.PROCESS_PRINTED.tell(text="hello")
+
+    stopping, printed = map(told, caplog.records)
+
+    assert list(stopping) == ["timestamp", "level", "event", "worker", "how", "signal", "logger"]
+    assert printed["id"] == ID
 
 
 def test_a_line_in_the_parent_has_the_call_whose_message_is_at_hand():
@@ -295,6 +340,55 @@ def test_a_long_traceback_keeps_its_ends():
     assert line["traceback"].endswith("the end")
 
 
+# A soft time limit, which may strike anywhere
+
+
+class Late:
+    """What it strikes in."""
+
+    def __repr__(self) -> str:
+        raise SoftTimeLimitExceeded
+
+
+class LateError(Exception):
+    def __str__(self) -> str:
+        raise SoftTimeLimitExceeded
+
+
+LATE_RECORDS = {
+    "an argument": lambda: record("with %s", Late()),
+    "a message": lambda: record(Late()),
+    "an error": lambda: record("oh", error=LateError()),
+    "an exception": lambda: record("oh", exc_info=raised(LateError())),
+    "an error of ours": lambda: record(events.Said(events.CLAIM_LOST, {"error": LateError()})),
+    "an error of celery's": lambda: failure(LateError(), trace.log_policy_unexpected),
+}
+
+
+@pytest.mark.parametrize("kind", ["json", "text"])
+@pytest.mark.parametrize("what", LATE_RECORDS)
+def test_a_soft_time_limit_passes_through_a_line(what, kind):
+    late = LATE_RECORDS[what]()
+
+    with pytest.raises(SoftTimeLimitExceeded):
+        logs.Formatter(kind).format(late)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "stream", "file"])
+def test_a_soft_time_limit_passes_through_a_handler(kind, channel, tmp_path):
+    path = tmp_path / "log"
+    with path.open("w") as stream:
+        made = {"pipe": lambda: pipe.PipeHandler(channel[1]), "stream": lambda: Stream(stream)}
+        handler = made.get(kind, lambda: File(path))()
+        handler.setFormatter(logs.Formatter())
+        with pytest.raises(SoftTimeLimitExceeded):
+            handler.handle(record(Late()))
+        handler.handle(record("and goes on"))
+        handler.close()
+
+    assert b"and goes on" in (read_now(channel[0]) if kind == "pipe" else path.read_bytes())
+
+
 # Secrets
 
 
@@ -326,6 +420,29 @@ def test_secret_values_of_the_running_call_are_taken_out_of_everything(bound):
 
     assert not [line for line in lines if "4242" in json.dumps(line)]
     assert "4242" not in text
+
+
+def test_ids_and_names_of_the_running_call_are_whole_whatever_is_secret(bound):
+    known = {"task": "shop.pay", "id": "a123-4", "root_id": "a123-4", "correlation_id": "a123-4", "queue": "shop"}
+    bound(**known, tenant="shop 123")
+    token = redact.bind(["123", "shop", "started"])
+    try:
+        lines = [
+            told(record("paid with %s", "123", id="of 123")),
+            told(traced(trace.LOG_SUCCESS, id="a123-4", name="shop.pay", runtime=0.123, return_value="")),
+            told(record(events.Said(events.TASK_STARTED, {"id": "a123-4", "task": "shop.pay"}))),
+        ]
+        chain = logs.redacted(None, "", {"event": "of 123", **known})
+    finally:
+        redact.unbind(token)
+
+    for line in lines:
+        assert {name: line[name] for name in known} == known
+        assert line["tenant"] == f"{redact.MASK} {redact.MASK}"
+    assert (lines[0]["event"], lines[0]["id_"]) == (f"paid with {redact.MASK}", f"of {redact.MASK}")
+    assert lines[1]["run_ms"] == 123.0
+    assert lines[2]["event"] == "task.started"
+    assert chain == {"event": f"of {redact.MASK}", **known}
 
 
 # Celery's records
@@ -434,6 +551,16 @@ def test_what_failed_has_a_traceback_and_the_fingerprint_of_its_letter():
     assert line["error_fingerprint"] == error_fingerprint("ValueError", failed.data["traceback"])  # type: ignore[attr-defined]
 
 
+def test_what_failed_with_an_error_that_cannot_be_written_has_failed_all_the_same():
+    class Declined(Exception):
+        def __str__(self) -> str:
+            return self.order.id  # type: ignore[attr-defined,no-any-return]
+
+    line = told(failure(Declined(), trace.log_policy_unexpected))
+
+    assert (line["event"], line["error"], line["outcome"]) == ("task.failed", "Declined", "failed")
+
+
 def test_the_kind_of_a_retry_is_what_was_noted(bound):
     bound(id=ID, kind="snooze", delay=5.0, next_attempt=1)
 
@@ -518,8 +645,8 @@ def test_pipes_and_sockets_are_not_waited_for_and_files_are_written_as_ever(chan
     with one, other, (tmp_path / "log").open("w") as file:
         assert type(pipe.handler_for(channel[1])) is pipe.PipeHandler
         assert type(pipe.handler_for(one.makefile("w"))) is pipe.PipeHandler
-        assert type(pipe.handler_for(file)) is logging.StreamHandler
-        assert type(pipe.handler_for(None)) is logging.StreamHandler
+        assert not isinstance(pipe.handler_for(file), pipe.PipeHandler)
+        assert not isinstance(pipe.handler_for(None), pipe.PipeHandler)
 
 
 def test_a_line_is_in_the_pipe_when_it_is_told(channel):
@@ -1006,6 +1133,35 @@ def test_an_exception_that_ends_a_thread_is_told(bare, channel):
     assert (line["event"], line["thread"]) == ("process.thread_failed", "t1")
     assert line["error"] == "ZeroDivisionError: division by zero"
     logging.getLogger().handlers[-1].close()
+
+
+def test_loggers_that_were_disabled_before_are_heard(bare):
+    """`logging.config` does that to each logger that there is, unless it is told not to."""
+    names = ("celery", "celery.app.trace", "multiprocessing", "shop.own")
+    for name in names:
+        bare.setattr(logging.getLogger(name), "disabled", True)
+
+    shop().log.setup()
+
+    assert [name for name in names if logging.getLogger(name).disabled] == ["shop.own"]
+
+
+def test_loggers_that_were_disabled_before_stay_so_where_all_is_celerys(bare):
+    bare.setattr(logging.getLogger("celery.app.trace"), "disabled", True)
+    bare.setenv("CELERYKIT_LOG_FORMAT", "celery")
+
+    shop().log.setup()
+
+    assert logging.getLogger("celery.app.trace").disabled
+
+
+def test_without_standard_error_a_file_has_to_be_named(bare, tmp_path):
+    bare.setattr(sys, "__stderr__", None)
+
+    with pytest.raises(InvalidOptions, match="--logfile"):
+        shop().log.setup()
+    bare.setattr(celery.app.log.Logging, "_setup", False)
+    shop().log.setup(logfile=str(tmp_path / "log"))
 
 
 # Our part, in a program's own chain
