@@ -25,10 +25,10 @@ from kombu.transport.native_delayed_delivery import (
     declare_native_delayed_delivery_exchanges_and_queues,
 )
 
-from celerykit import connections, deadline, events, running
+from celerykit import connections, deadline, events, redact, running
 from celerykit.errors import InvalidSettings
 from celerykit.headers import HEADER, VERSION, Headers
-from celerykit.looks import STOCK, Look
+from celerykit.looks import STOCK, Look, plain
 from celerykit.publishing import explain_precondition, is_told_of, sending
 from celerykit.settings import FROM_KIT
 
@@ -49,6 +49,9 @@ _DUE = "celerykit_due"
 
 #: What Celery calls the exchanges of RabbitMQ's delayed delivery.
 _DELAYED = "celery_delayed_"
+
+#: How a sender may describe arguments.
+_DESCRIPTIONS = ("argsrepr", "kwargsrepr")
 
 #: The share of a deadline that Celery may sleep between two tries of sending a finished task's callback.
 _NAP = 0.1
@@ -198,21 +201,29 @@ class AMQP(celery.app.amqp.AMQP):
     # What to send
 
     def as_task_v2(self, task_id: Any, name: Any, args: Any = None, kwargs: Any = None, *rest: Any, **more: Any) -> Any:
-        """Make a message, and describe its arguments without what is secret in them."""
+        """Make a message, and describe its arguments without what is secret in them, or in the run that sends it."""
+        secrets = redact.running()
+        if secrets:
+            more |= {told: redact.scrub(more[told]) for told in _DESCRIPTIONS if isinstance(more.get(told), str)}
         if (args is None or isinstance(args, list | tuple)) and (kwargs is None or isinstance(kwargs, Mapping)):
             look = self._look(name)
             # Not only where they are not given: of an empty text, Celery makes one of its own in the worker.
             if not more.get("argsrepr"):
-                more["argsrepr"] = look.positional(args or (), self.argsrepr_maxsize, self._deepest)
+                more["argsrepr"] = look.positional(args or (), self.argsrepr_maxsize, self._deepest, secrets)
             if not more.get("kwargsrepr"):
-                more["kwargsrepr"] = look.named(kwargs or {}, self.kwargsrepr_maxsize, self._deepest)
-        return super().as_task_v2(task_id, name, args, kwargs, *rest, **more)
+                more["kwargsrepr"] = look.named(kwargs or {}, self.kwargsrepr_maxsize, self._deepest, secrets)
+            args = _with_plain_result(args)
+        message = super().as_task_v2(task_id, name, args, kwargs, *rest, **more)
+        if secrets and isinstance(message.headers["shadow"], str):
+            message.headers["shadow"] = redact.scrub(message.headers["shadow"])
+        return message
 
     def as_task_v1(self, task_id: Any, name: Any, args: Any = None, kwargs: Any = None, *rest: Any, **more: Any) -> Any:
         """Make a message of Celery's first protocol; the event of its sending has no secrets."""
-        message = super().as_task_v1(task_id, name, args, kwargs, *rest, **more)
+        message = super().as_task_v1(task_id, name, _with_plain_result(args), kwargs, *rest, **more)
         if message.sent_event:
-            shown = self._look(name).arguments(args or (), kwargs or {}, deepest=self._deepest)
+            look, secrets = self._look(name), redact.running()
+            shown = look.arguments(args or (), kwargs or {}, deepest=self._deepest, secrets=secrets)
             message.sent_event.update(zip(("args", "kwargs"), shown, strict=True))
         return message
 
@@ -298,6 +309,13 @@ class AMQP(celery.app.amqp.AMQP):
                 queue(connection.default_channel).declare()
                 bind_queue_to_native_delayed_delivery_exchange(connection, queue)
         self._within_reach.add(name)
+
+
+def _with_plain_result(args: Any) -> Any:
+    """Give arguments whose first may be what the task before it returned, of a class that serializers may not know."""
+    if not args or not isinstance(args, list | tuple) or (result := plain(args[0])) is args[0]:
+        return args
+    return [result, *args[1:]]
 
 
 def _tell_sent(name: str, headers: Mapping[str, Any], queue: str | None) -> None:

@@ -27,6 +27,7 @@ from celery._state import get_current_worker_task
 
 from celerykit.connections import ending_client
 from celerykit.deadline import DeadlinePassed, within
+from celerykit.looks import plain
 from celerykit.publishing import UnreachableBroker
 from celerykit.settings import settle
 from celerykit.task import FINISHED
@@ -55,6 +56,14 @@ class _Patient:
 
 class _Discreet:
     """Stores what is secret among a call's arguments masked; they are stored with ``result_extended``."""
+
+    #: `looks.told` asks.
+    takes_told = True
+
+    def encode_result(self, result: Any, state: str) -> Any:
+        """Write what came of a task for the serializer, which may know dicts, but none of another class."""
+        stock: Any = super()
+        return stock.encode_result(plain(result), state)
 
     def store_result(
         self, task_id: Any, result: Any, state: str, traceback: Any = None, request: Any = None, **kwargs: Any

@@ -5,7 +5,8 @@ How the arguments and the result of a call are written for people: typed, in lit
 
 It is what Celery calls ``argsrepr``: in a message's headers, events, logs and
 Flower. It is made of JSON values, when a call is sent; of what is long, only
-as much is looked at as will be shown.
+as much is looked at as will be shown. What a run sends or returns is also
+looked through for the run's secret values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from celerykit import redact
 from celerykit.contract import Contract
 from celerykit.marks import EACH, RESULT, all_names, names_at, parts_of
 from celerykit.masks import mask_text
+from celerykit.redact import Secrets
 
-__all__ = ["DEEPEST", "LONGEST", "STOCK", "Look", "letter", "told"]
+__all__ = ["DEEPEST", "LONGEST", "STOCK", "Look", "can_be_told", "letter", "plain", "told"]
 
 #: The most characters of a description, as Celery's ``argsrepr_maxsize``.
 LONGEST = 1024
@@ -85,16 +87,34 @@ class Look:
         self._names = frozenset(names) if contract is None else contract.redacted | frozenset(names)
 
     def arguments(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, longest: int = LONGEST, deepest: int = DEEPEST
+        self,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        longest: int = LONGEST,
+        deepest: int = DEEPEST,
+        secrets: Sequence[Secrets] = (),
     ) -> tuple[str, str]:
-        """Write positional and named arguments, as in ``argsrepr`` and ``kwargsrepr``."""
-        return self.positional(args, longest, deepest), self.named(kwargs, longest, deepest)
+        """
+        Write positional and named arguments, as in ``argsrepr`` and ``kwargsrepr``.
 
-    def positional(self, args: Sequence[Any], longest: int = LONGEST, deepest: int = DEEPEST) -> str:
+        Args:
+            secrets:
+                Values that are taken out wherever they stand.
+        """
+        return self.positional(args, longest, deepest, secrets), self.named(kwargs, longest, deepest, secrets)
+
+    def positional(
+        self,
+        args: Sequence[Any],
+        longest: int = LONGEST,
+        deepest: int = DEEPEST,
+        secrets: Sequence[Secrets] = (),
+    ) -> str:
         """Write positional arguments, as a tuple."""
         if not args:
             return "()"
-        writer = _Writer(self._names, longest, deepest)
+        writer = _Writer(self._names, longest, deepest, secrets)
         known = len(self._places)
         writer.text("(")
         for place, value in enumerate(args):
@@ -104,11 +124,17 @@ class Look:
             writer.field(name, value, shape, 1)
         return writer.closed(",)" if len(args) == 1 else ")")
 
-    def named(self, kwargs: Mapping[str, Any], longest: int = LONGEST, deepest: int = DEEPEST) -> str:
+    def named(
+        self,
+        kwargs: Mapping[str, Any],
+        longest: int = LONGEST,
+        deepest: int = DEEPEST,
+        secrets: Sequence[Secrets] = (),
+    ) -> str:
         """Write named arguments, as a dict."""
         if not kwargs:
             return "{}"
-        writer = _Writer(self._names, longest, deepest)
+        writer = _Writer(self._names, longest, deepest, secrets)
         writer.text("{")
         for place, (name, value) in enumerate(kwargs.items()):
             if not writer.is_next(place):
@@ -119,8 +145,8 @@ class Look:
         return writer.closed("}")
 
     def result(self, value: Any, *, longest: int = LONGEST, deepest: int = DEEPEST) -> str:
-        """Write what a task returned, as JSON values."""
-        writer = _Writer(self._names, longest, deepest)
+        """Write what a task returned, as JSON values; it runs still."""
+        writer = _Writer(self._names, longest, deepest, redact.running())
         writer.field(RESULT, value, self._returned, 0)
         return writer.closed("")
 
@@ -282,8 +308,7 @@ class _Told:
         return self.look.result(self)
 
     def __reduce__(self) -> Any:
-        kind: Any = type(self).__mro__[2]
-        return kind, (kind(self),)
+        return type(self).__mro__[2], (plain(self),)
 
 
 class _Dict(_Told, dict[str, Any]):
@@ -309,28 +334,50 @@ class _Float(_Told, float):
 _TOLD: dict[type, Any] = {dict: _Dict, list: _List}
 _TOLD_IF_SECRET: dict[type, Any] = {str: _Text, int: _Int, float: _Float}
 
+#: Serializers that write a dict, a text and so on of a class of its own as they write any other.
+_TAKE_TOLD = ("json", "pickle")
+
 for _kind in (*_TOLD.values(), *_TOLD_IF_SECRET.values()):
     # Celery's `saferepr` writes dicts, lists and texts by itself, and numbers by their own `str`.
     Number.register(_kind)
 
 
+def can_be_told(backend: Any) -> bool:
+    """Whether a result backend stores what `told` gives: ours take it apart, others hand it to their serializers."""
+    return getattr(backend, "takes_told", False) or getattr(backend, "serializer", None) in _TAKE_TOLD
+
+
 def told(result: Any, look: Look) -> Any:
     """Give a result in JSON values that Celery writes by its *look*: in events, in logs and in Flower."""
-    kind = _TOLD.get(type(result)) or (_TOLD_IF_SECRET.get(type(result)) if look.hides_result else None)
+    kind = _TOLD.get(type(result))
     if kind is None:
-        return result
+        kind = _TOLD_IF_SECRET.get(type(result))
+        if kind is None or not _is_secret(result, look):
+            return result
     shown = kind(result)
     shown.look = look
     return shown
 
 
+def _is_secret(result: Any, look: Look) -> bool:
+    return look.hides_result or (redact.is_active() and redact.clean(result) != result)
+
+
+def plain(result: Any) -> Any:
+    """Give the result that `told` was given."""
+    if not isinstance(result, _Told):
+        return result
+    # A text's own `str` is what it shows.
+    return str.__str__(result) if isinstance(result, _Text) else type(result).__mro__[2](result)
+
+
 class _Writer:
-    """A text that is written piece by piece, until it is long enough."""
+    """A text that is written piece by piece, until it is long enough; then secret values are taken out of it."""
 
-    __slots__ = ("_deepest", "_left", "_names", "_pieces")
+    __slots__ = ("_deepest", "_left", "_names", "_pieces", "_secrets")
 
-    def __init__(self, names: Collection[str], longest: int, deepest: int) -> None:
-        self._names, self._left, self._deepest = names, longest, deepest
+    def __init__(self, names: Collection[str], longest: int, deepest: int, secrets: Sequence[Secrets] = ()) -> None:
+        self._names, self._left, self._deepest, self._secrets = names, longest, deepest, secrets
         self._pieces: list[str] = []
 
     def text(self, text: str) -> None:
@@ -348,7 +395,10 @@ class _Writer:
 
     def closed(self, end: str) -> str:
         self._pieces.append(end)
-        return "".join(self._pieces)
+        text = "".join(self._pieces)
+        for some in self._secrets:
+            text = some.scrub(text)
+        return text
 
     def field(self, name: Any, value: Any, shape: _Shape | None, depth: int) -> None:
         """Write the value that stands under *name*."""
@@ -359,7 +409,7 @@ class _Writer:
 
     def value(self, value: Any, shape: _Shape | None, depth: int) -> None:
         if isinstance(value, str):
-            self.text(_quoted(str.__str__(value), self._left))
+            self.text(_quoted(str.__str__(value), self._left, self._secrets))
         elif value is None or isinstance(value, int | float):
             self.text(_number(value))
         elif isinstance(value, Mapping):
@@ -401,9 +451,11 @@ class _Writer:
         self._pieces.append(end)
 
 
-def _quoted(value: str, most: int) -> str:
-    if len(value) > most:
-        value = f"{value[: max(most, 0)]}..."
+def _quoted(value: str, most: int, secrets: Sequence[Secrets] = ()) -> str:
+    if len(value) > (most := max(most, 0)):
+        for some in secrets:  # before it is cut: of a secret, the half would be left
+            value = some.scrub(value[: most + some.longest])
+        value = f"{value[:most]}..."
     return repr(mask_text(value) if "://" in value else value)
 
 

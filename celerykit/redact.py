@@ -33,6 +33,7 @@ from celerykit.sealing import SECRETS
 
 __all__ = [
     "MASK",
+    "PLAIN",
     "Bound",
     "Redact",
     "Secrets",
@@ -41,6 +42,7 @@ __all__ = [
     "is_active",
     "is_hidden",
     "is_secret_name",
+    "marked_in",
     "running",
     "scrub",
     "scrubbed",
@@ -97,7 +99,8 @@ def is_hidden(name: Any, value: Any, names: Collection[str]) -> bool:
 
 
 @lru_cache(maxsize=512)
-def _marked_in(kind: type) -> frozenset[str]:
+def marked_in(kind: type) -> frozenset[str]:
+    """Give the names of fields that are marked in a class."""
     try:
         return names_of({"": kind}, Redact)
     except Exception:  # noqa: BLE001  (an edge: any class may be logged, and its annotations may be anything)
@@ -132,9 +135,9 @@ def secrets_in(value: Any, names: Collection[str] = (), *, name: str = "") -> It
             waiting += [(item, hides) for item in one]
         elif (pairs := _pairs_of(one)) is not None:
             seen[id(one), hides] = one
-            within = names if isinstance(one, Mapping) else {*names, *_marked_in(cast("Any", type(one)))}
+            within = names if isinstance(one, Mapping) else {*names, *marked_in(cast("Any", type(one)))}
             waiting += [(item, hides or is_hidden(key, item, within)) for key, item in pairs]
-        elif hides and isinstance(one, _PLAIN):
+        elif hides and isinstance(one, PLAIN):
             yield str(one)
 
 
@@ -194,6 +197,11 @@ class Secrets:
             if head in text:
                 text = re.sub(rf"{re.escape(head)}[^\s'\"]*", MASK, text)
         return text
+
+    @property
+    def longest(self) -> int:
+        """How long a text may be that is one of them."""
+        return len(self._forms[0]) if self._forms else 0
 
     # Looking for each is faster than one pattern of all, which takes its time to compile, and more with many.
     @cached_property
@@ -302,7 +310,8 @@ def scrubbed(value: Any, secrets: Secrets) -> Any:
 
 # What is shown
 
-_PLAIN = (int, float, date, time, timedelta, Decimal, UUID)
+#: Values without anything in them, beside texts.
+PLAIN = (int, float, date, time, timedelta, Decimal, UUID)
 
 
 def clean(value: Any, names: Collection[str] = (), *, most: int = _MOST) -> Any:
@@ -328,7 +337,7 @@ class _Cleaner:
         self._left = most
 
     def clean(self, value: Any, names: Collection[str], deep: int) -> Any:
-        if value is None or isinstance(value, _PLAIN):
+        if value is None or isinstance(value, PLAIN):
             # A number that has a secret's digits somewhere is not the secret.
             return MASK if _active and any(str(value) in secrets.values for secrets in running()) else value
         if isinstance(value, str):
@@ -339,7 +348,7 @@ class _Cleaner:
         if isinstance(value, Enum):
             return self.clean(value.value, names, deep + 1)
         if (pairs := _pairs_of(value)) is not None:
-            within = names if isinstance(value, Mapping) else {*names, *_marked_in(cast("Any", type(value)))}
+            within = names if isinstance(value, Mapping) else {*names, *marked_in(cast("Any", type(value)))}
             return dict(self._pairs(pairs, within, deep))
         if isinstance(value, list | tuple | set | frozenset):
             return [self.clean(item, names, deep + 1) for item in self._some(value)]

@@ -4,21 +4,28 @@ Takes the secret values of a call out of an error that leaves it: to logs, resul
 An error stays the object it is wherever it can be changed: its type decides
 what follows. One that cannot be is replaced by one that has its name and its
 text without the secrets.
+
+What leaves of an error is its text, its arguments and its notes. An object that
+it keeps as an attribute stays that object: hooks and callers go on from it. Only
+where it would be told or stored, a copy takes its place, with its secret fields masked.
 """
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 from celery.canvas import Signature
-from pydantic import ValidationError
+from pydantic import BaseModel, SecretBytes, ValidationError
 from pydantic_core import PydanticCustomError
 
-from celerykit.redact import MASK, Secrets
+from celerykit.redact import MASK, PLAIN, Secrets, is_hidden, marked_in
+from celerykit.sealing import SECRETS
 
 __all__ = ["scrub_error"]
 
@@ -28,19 +35,31 @@ _DEEPEST = 12
 _SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
 
 
-def scrub_error(error: BaseException, secrets: Secrets) -> BaseException:
-    """Take *secrets* out of an error, and of all that it leads to. Gives the error, or what stands for it."""
+def scrub_error(error: BaseException, secrets: Secrets, *, is_stored_whole: bool = False) -> BaseException:
+    """
+    Take *secrets* out of an error, and of all that it leads to.
+
+    Args:
+        is_stored_whole:
+            Whether its attributes are stored with it: objects in them are
+            replaced, too.
+
+    Returns:
+        The error, or what stands for it.
+    """
     try:
-        return _Scrubber(secrets).error(error)
+        return _Scrubber(secrets, is_stored_whole).error(error)
     except Exception:  # noqa: BLE001  (an edge: an error's class may do anything; what is unknown must not leave)
         return _stand_in(error, f"({MASK})")
 
 
 class _Scrubber:
-    def __init__(self, secrets: Secrets) -> None:
-        self._secrets = secrets
+    def __init__(self, secrets: Secrets, is_stored_whole: bool) -> None:
         self._text = secrets.scrub
+        self._is_stored_whole = is_stored_whole
         self._done: dict[int, BaseException] = {}
+        # With the values, or another one may get the place of one that is gone.
+        self._values: dict[tuple[int, bool], tuple[Any, Any]] = {}
 
     def error(self, error: BaseException) -> BaseException:
         if id(error) in self._done:
@@ -68,46 +87,54 @@ class _Scrubber:
             return self._validation(error)
         if isinstance(error, BaseExceptionGroup):
             return self._group(error)
-        self._in_place(error)
-        return _stand_in(error, self._text(_said(error))) if self._shows(error) else error
+        before = _texts(error)
+        self._in_place(error, objects=self._is_stored_whole)
+        if not self._is_fit(error, before):
+            self._in_place(error, objects=True)
+        if self._is_fit(error, before):
+            return error
+        shown = _texts(error)[0]
+        return _stand_in(error, self._text(shown if shown is not None else before[0] or ""))
 
-    def _shows(self, error: BaseException) -> bool:
-        return any(self._text(text) != text for text in (_said(error), _said(error, repr)))
+    def _is_fit(self, error: BaseException, before: tuple[str | None, str | None]) -> bool:
+        """Tell whether an error's texts hold no secret; and whether they can still be made, where they could be."""
+        return all(
+            self._text(text) == text if text is not None else was is None
+            for text, was in zip(_texts(error), before, strict=True)
+        )
 
-    def _in_place(self, error: BaseException) -> None:
+    def _in_place(self, error: BaseException, *, objects: bool) -> None:
         args = cast("Any", BaseException.__dict__["args"])
         given = args.__get__(error)
         kept = self.value(given)
         if kept is not given:
             args.__set__(error, kept)
-        facts = getattr(error, "__dict__", {})
-        for name, value in list(facts.items()):
-            kept = self.value(value)
-            if kept is not value:
-                facts[name] = kept
+        self._facts_in_place(error, objects=objects)
         for slot in _slots(cast("Any", type(error))):
             with suppress(Exception):
                 value = slot.__get__(error)
-                kept = self.value(value)
+                kept = self.value(value, objects=objects)
                 if kept is not value:
                     slot.__set__(error, kept)
+
+    def _facts_in_place(self, error: BaseException, *, objects: bool) -> None:
+        facts = getattr(error, "__dict__", {})
+        for name, value in list(facts.items()):
+            kept = self.value(value, objects=objects)
+            if kept is not value:
+                facts[name] = kept
 
     def _group(self, group: BaseExceptionGroup[Any]) -> BaseException:
         members = [self.error(member) for member in group.exceptions]
         message = self._text(group.message)
         if message == group.message and all(map(_is, members, group.exceptions)):
-            self._in_place_but_args(group)
+            self._facts_in_place(group, objects=self._is_stored_whole)
             return group
         if message == group.message:
             return group.derive(members)
         with suppress(Exception):
             return cast("BaseException", type(group)(message, members))
         return BaseExceptionGroup(message, members)
-
-    def _in_place_but_args(self, group: BaseExceptionGroup[Any]) -> None:
-        facts = group.__dict__
-        for name, value in list(facts.items()):
-            facts[name] = self.value(value)
 
     def _validation(self, error: ValidationError) -> BaseException:
         # Its text shows the input, and shortens it: of a secret, the half would be left.
@@ -123,8 +150,15 @@ class _Scrubber:
 
     # Values
 
-    def value(self, value: Any, deep: int = 0) -> Any:
-        """Give *value* itself when there is nothing in it."""
+    def value(self, value: Any, deep: int = 0, *, objects: bool = True) -> Any:
+        """
+        Give *value* itself when there is nothing in it.
+
+        Args:
+            objects:
+                Whether objects are looked into; else only texts, numbers and
+                what is made of them.
+        """
         if value is None or isinstance(value, bool | type | types.TracebackType | Signature):
             return value
         if isinstance(value, BaseException):
@@ -134,20 +168,75 @@ class _Scrubber:
         if isinstance(value, bytes):
             text = value.decode("utf-8", "surrogateescape")
             return value if (kept := self._text(text)) == text else kept.encode("utf-8", "surrogateescape")
-        return self._within(value, deep)
-
-    def _within(self, value: Any, deep: int) -> Any:
-        kind = type(value)
         if deep > _DEEPEST:
             return value
+        place = id(value), objects
+        if place not in self._values:
+            self._values[place] = value, value  # it may contain itself
+            self._values[place] = value, self._within(value, deep + 1, objects=objects)
+        return self._values[place][1]
+
+    def _within(self, value: Any, deep: int, *, objects: bool) -> Any:
+        kind = type(value)
         if kind is dict:
-            pairs = {self.value(key, deep + 1): self.value(item, deep + 1) for key, item in value.items()}
+            pairs = {
+                self.value(key, deep, objects=objects): self.value(item, deep, objects=objects)
+                for key, item in value.items()
+            }
             return value if all(map(_is, pairs.values(), value.values())) and [*pairs] == [*value] else pairs
         if kind in (list, tuple, set, frozenset):
-            items = [self.value(item, deep + 1) for item in value]
+            items = [self.value(item, deep, objects=objects) for item in value]
             return value if all(map(_is, items, value)) else kind(items)
-        shown = _said(value, repr)
-        return value if (kept := self._text(shown)) == shown else kept
+        if not objects and not isinstance(value, PLAIN):
+            return value
+        made = self._copied(value, deep)
+        shown = _said(made, repr)
+        return made if shown is None or (kept := self._text(shown)) == shown else kept
+
+    def _copied(self, value: Any, deep: int) -> Any:
+        """Give a copy of a model or the like, with what is secret in its fields masked."""
+        if isinstance(value, SECRETS):
+            return cast("Any", type(value))(MASK.encode() if isinstance(value, SecretBytes) else MASK)
+        facts = _facts(value)
+        names = marked_in(cast("Any", type(value))) if facts else ()
+        kept = {
+            name: MASK if is_hidden(name, item, names) and not isinstance(item, SECRETS) else self.value(item, deep)
+            for name, item in facts.items()
+        }
+        changed = {name: item for name, item in kept.items() if item is not facts[name]}
+        if not changed:
+            return value
+        try:
+            return _with(value, changed)
+        except Exception:  # noqa: BLE001  (an edge: anybody's class; what it shows is looked at next)
+            return value
+
+
+def _facts(value: Any) -> dict[str, Any]:
+    """Give the fields of what can be copied without consequences."""
+    if hasattr(value, "_sa_instance_state"):  # a row of SQLAlchemy's: a copy would have the state of the first
+        return {}
+    if isinstance(value, BaseModel):
+        return {**vars(value), **(value.__pydantic_extra__ or {})}
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return dict(cast("Any", value)._asdict())
+    return {}
+
+
+def _with(value: Any, changed: Mapping[str, Any]) -> Any:
+    # Without asking its type, which would refuse a mask, or a change.
+    if isinstance(value, tuple):
+        return cast("Any", value)._replace(**changed)
+    made = copy.copy(value)
+    extra = getattr(made, "__pydantic_extra__", None) or {}
+    for name, item in changed.items():
+        if name in extra:
+            extra[name] = item
+        else:
+            object.__setattr__(made, name, item)
+    return made
 
 
 def _is(one: Any, other: Any) -> bool:
@@ -166,11 +255,15 @@ def _slots(kind: type) -> tuple[Any, ...]:
     )
 
 
-def _said(value: Any, write: Callable[[Any], str] = str) -> str:
+def _texts(error: BaseException) -> tuple[str | None, str | None]:
+    return _said(error), _said(error, repr)
+
+
+def _said(value: Any, write: Callable[[Any], str] = str) -> str | None:
     try:
         return write(value)
     except Exception:  # noqa: BLE001  (an edge: anybody's text)
-        return ""
+        return None
 
 
 def _stand_in(error: BaseException, text: str) -> BaseException:

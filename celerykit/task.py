@@ -32,7 +32,7 @@ from celerykit.headers import HEADER, Headers
 from celerykit.idempotency import Claims, Identity, Once, Skipped, once
 from celerykit.idempotency.keys import check_marks
 from celerykit.limits import Limits, Rule, limited
-from celerykit.looks import STOCK, Look, told
+from celerykit.looks import STOCK, Look, can_be_told, told
 from celerykit.marks import RESULT
 from celerykit.publishing import check_body, check_delay
 from celerykit.result import EagerResult, Result
@@ -494,6 +494,11 @@ class Task(celery.Task[P, R], Generic[P, R]):
         setattr(self.request, _REPLACED, True)
         return super().replace(sig)
 
+    def send_event(self, type_: str, retry: bool = True, retry_policy: Any = None, **fields: Any) -> Any:
+        """Send an event of the task's own, as Celery's ``send_event`` does; without the secrets of the running call."""
+        told = redact.clean(fields) if redact.is_active() else fields
+        return super().send_event(type_, retry=retry, retry_policy=retry_policy, **told)
+
     # In
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -515,10 +520,14 @@ class Task(celery.Task[P, R], Generic[P, R]):
             return cast("R", self._entered(request, call))
         except Exception as error:
             bound: redact.Bound | None = getattr(request, running.SECRETS, None)
-            scrubbed = error if bound is None else scrub_error(error, bound.secrets)
+            scrubbed = error if bound is None else self._scrubbed(error, bound.secrets)
             if scrubbed is error:
                 raise
         raise scrubbed
+
+    def _scrubbed(self, error: Exception, secrets: redact.Secrets) -> BaseException:
+        # Pickled results are stored with all that an error has; others have its arguments, and texts.
+        return scrub_error(error, secrets, is_stored_whole=getattr(self.backend, "serializer", None) == "pickle")
 
     def _learn(self, request: Any, secrets: Iterable[str]) -> None:
         """Keep secrets of a call out of what is told until its run is over: Celery and others go on after its end."""
@@ -536,7 +545,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
                 _name_callbacks(request)
             if self.look.may_return_secrets:
                 self._learn(request, self.look.secrets_of_result(result))
-            return result if request.is_eager else told(result, self.look)
+            return result if request.is_eager or not self._tells_result else told(result, self.look)
         except Stopped as stopped:
             if isinstance(stopped.by, StockRetry):
                 again.note_again(_headers_in(stopped.by), kind="retry", delay=stopped.delay, error=stopped.by.exc)
@@ -569,6 +578,10 @@ class Task(celery.Task[P, R], Generic[P, R]):
             raise
         finally:
             setattr(request, FINISHED, True)
+
+    @cached_property
+    def _tells_result(self) -> bool:
+        return can_be_told(self.backend)
 
     def _revoke(self, request: Any, why: str | None) -> NoReturn:
         """End a call that does nothing; tell who waits for it, if *why* is given."""

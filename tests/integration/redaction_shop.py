@@ -121,6 +121,18 @@ def inner(phrase: Annotated[str, Redact()], note: str) -> str:
     raise RuntimeError(f"{note}: {phrase}")
 
 
+@app.task(bind=True)
+def spread(self: Task[..., Any], phrase: Annotated[str, Redact()]) -> str:
+    self.send_event("task-progress", note=f"progress with {phrase}")
+    # Where nobody runs it: for its own run, what it was given under this name is no secret.
+    quiet.using(shadow=f"shadow of {phrase}", queue="redaction-unread").delay(f"handed on {phrase}")
+    return f"charged {phrase}"
+
+
+@app.task
+def quiet(text: str) -> None: ...
+
+
 @app.task(retry=None)
 def never(order: Order, phrase: Annotated[str, Redact()]) -> None:
     raise AssertionError("its arguments do not fit")

@@ -102,6 +102,7 @@ def _run(told: Told) -> None:
         "fail": shop.fail.delay(order("failing"), planted("error"), api_key=planted("path")),
         "again": shop.again.delay(planted("retried"), planted("password")),
         "by_hand": shop.by_hand.delay(planted("reason")),
+        "spread": shop.spread.delay(planted("spread")),
         "outer": shop.outer.delay(planted("nested")),
         "later": shop.succeed.using(countdown=300).delay(
             order("later"), planted("waiting"), api_key=planted("eta"), headers={}
@@ -123,7 +124,7 @@ def _run(told: Told) -> None:
         sent["invalid"] = stock.send_task(f"{SHOP}.never", (wrong, planted("invalid")), **to)
         sent["unknown"] = stock.send_task("nowhere.known", kwargs={"password": "visible"}, **to)
     told.ids = {name: result.id for name, result in sent.items()}
-    ends = ("succeed", "fail", "again", "by_hand", "outer", "many", "more", "by_name", "foreign", "invalid")
+    ends = ("succeed", "fail", "again", "by_hand", "spread", "outer", "many", "more", "by_name", "foreign", "invalid")
     services.eventually(lambda: not _running(told, ends), within=20, what=lambda: f"ends of {_running(told, ends)}")
     services.eventually(lambda: _letters(told) >= 4, within=10, what=lambda: f"{_letters(told)} letters")
     inspect = told.app.control.inspect(timeout=1, pattern="redaction@*", matcher="glob")
@@ -168,6 +169,16 @@ def test_events_and_so_flower(told: Told) -> None:
     [succeeded] = [e for e in told.events if e["type"] == "task-succeeded" and e["uuid"] == told.ids["succeed"]]
     assert succeeded["result"] == "Receipt(order_id='order-model', code=***)"
     assert {event["type"] for event in told.events} >= {"task-sent", "task-failed", "task-retried"}
+
+
+def test_what_a_run_makes_of_a_secret_and_tells_itself(told: Told) -> None:
+    of_call = [event for event in told.events if event.get("uuid") == told.ids["spread"]]
+
+    assert {event["type"]: event for event in of_call}["task-succeeded"]["result"] == "'charged ***'"
+    assert [event["note"] for event in of_call if event["type"] == "task-progress"] == ["progress with ***"]
+    [handed_on] = [e for e in told.events if e["type"] == "task-sent" and e["name"].endswith("quiet")]
+    assert handed_on["args"] == "('handed on ***',)"
+    assert told.app.AsyncResult(told.ids["spread"]).result == f"charged {planted('spread')}"
 
 
 def test_what_is_asked_of_a_worker(told: Told) -> None:

@@ -12,22 +12,27 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, NamedTuple, TypedDict
 from urllib.parse import quote, quote_plus
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
+import yaml
+from celery import chain, signals
 from celery.app import trace
+from celery.events import EventDispatcher
 from celery.utils.saferepr import saferepr
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, RootModel, SecretStr, ValidationError
 from typing_extensions import TypeAliasType
 
-from celerykit import Redact, redact
+from celerykit import Redact, Task, redact
+from celerykit.backends import RedisBackend
 from celerykit.contract import Contract
-from celerykit.looks import STOCK, Look, letter, told
+from celerykit.looks import STOCK, Look, letter, plain, told
 from celerykit.marks import names_of
 from celerykit.redact import MASK, Secrets, clean, is_secret_name, scrub, secrets_in
 from celerykit.scrubbing import scrub_error
+from celerykit.worker.request import Request
 
 HIDDEN = Annotated[str, Redact()]
 
@@ -333,6 +338,7 @@ def test_a_result_is_what_it_was_and_celery_writes_it_by_its_look(result: Any) -
     assert shown == result
     assert json.loads(json.dumps(shown)) == result
     assert type(pickle.loads(pickle.dumps(shown))) is type(result)
+    assert type(plain(shown)) is type(result)
     assert "4111" not in saferepr(shown, 1024)
     assert trace.saferepr is saferepr
 
@@ -344,8 +350,44 @@ def test_a_result_that_is_secret_as_a_whole_is_not_written() -> None:
 
     assert saferepr(shown, 1024) == MASK
     assert json.dumps(shown) == '"hunter2"'
+    assert pickle.loads(pickle.dumps(shown)) == "hunter2"
     assert shown == "hunter2"
     assert told(None, look()) is None
+
+
+@pytest.mark.parametrize(
+    "result", ["no hunter2", {"it": "no hunter2"}, ["x" * 1010 + "hunter2"], {"hunter2": 1}, 998877]
+)
+def test_a_result_is_written_without_the_secrets_of_its_run(result: Any) -> None:
+    bound = redact.bind(["hunter2", "998877"])
+    try:
+        shown = saferepr(told(result, look()), 1024)
+    finally:
+        redact.unbind(bound)
+
+    assert MASK in shown
+    assert "hun" not in shown
+    assert "998877" not in shown
+
+
+@pytest.mark.parametrize("result", ["plain", 998, 1.5, True, None])
+def test_one_that_has_none_stays_of_its_class(result: Any) -> None:
+    bound = redact.bind(["hunter2"])
+    try:
+        assert told(result, look()) is result
+    finally:
+        redact.unbind(bound)
+
+
+@pytest.mark.parametrize("result", [order(), [order()], "hunter2", 1, 1.5])
+def test_our_backends_hand_a_serializer_what_the_task_returned(result: Any, make_app: Any) -> None:
+    def give() -> Annotated[str, Redact()]: ...
+
+    backend = RedisBackend(app=make_app(), url="redis://nowhere", serializer="yaml")
+    encoded = backend.encode_result(told(result, Look(Contract("give", give))), "SUCCESS")
+
+    assert type(encoded) is type(result)
+    assert yaml.safe_load(yaml.safe_dump(encoded)) == result
 
 
 def test_a_dead_letter_is_shown_without_secrets() -> None:
@@ -420,6 +462,119 @@ def test_an_error_is_scrubbed_in_place(error: BaseException) -> None:
     assert scrub_error(error, KNOWN) is error
     assert "hunter2" not in all_of(error)
     assert "4111" not in all_of(error)
+
+
+class Placed(Exception):
+    """Keeps what it is about, as many errors do."""
+
+    def __init__(self, order: Any) -> None:
+        super().__init__(order)
+        self.order = order
+
+
+class Vague(Placed):
+    def __init__(self, order: Any = None) -> None:
+        super().__init__(order)
+        self.args = ()
+
+
+class Telling(Vague):
+    def __str__(self) -> str:
+        return f"{self.order} was declined"
+
+
+class Counting(Placed):
+    def __str__(self) -> str:
+        return f"{len(self.args[0].items)} items of hunter2"
+
+
+def placed(**fields: Any) -> Order:
+    return Order.model_validate(order(card="4111-1111-1111", **fields))
+
+
+class Line(NamedTuple):
+    sku: str
+    card: HIDDEN
+
+
+def test_an_object_that_an_error_keeps_stays_that_object() -> None:
+    given = placed()
+    error = Placed(given)
+
+    scrubbed: Any = scrub_error(error, KNOWN)
+
+    assert scrubbed is error
+    assert scrubbed.order is given
+    assert scrubbed.order.card == "4111-1111-1111"
+    assert "4111" not in str(scrubbed) + repr(scrubbed)
+
+
+@pytest.mark.parametrize(
+    ("given", "card"),
+    [
+        (placed(other=placed()), lambda kept: kept.other.card),
+        ([placed()], lambda kept: kept[0].card),
+        (Data(b"4111-1111-1111", "hunter2"), lambda kept: kept.hidden),
+        (Line("a", "4111-1111-1111"), lambda kept: kept.card),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_among_its_arguments_is_a_copy_whose_secret_fields_are_masked(given: Any, card: Any) -> None:
+    error = ValueError(given)
+
+    assert scrub_error(error, KNOWN) is error
+    [kept] = error.args
+    assert type(kept) is type(given)
+    assert card(kept) == MASK
+    assert card(given) != MASK
+    assert "hunter2" not in repr(error)
+
+
+def test_an_error_whose_text_shows_what_it_keeps_has_a_copy_of_it() -> None:
+    error = Telling(placed(other=placed()))
+
+    scrubbed: Any = scrub_error(error, KNOWN)
+
+    assert scrubbed is error
+    assert isinstance(scrubbed.order, Order)
+    assert scrubbed.order.order_id == "7c1f"
+    assert "4111" not in str(scrubbed)
+
+
+def test_one_whose_text_can_no_longer_be_made_is_replaced_by_its_text_of_before() -> None:
+    class Basket:
+        items = (1, 2)
+
+        def __repr__(self) -> str:
+            return "Basket(hunter2)"
+
+    scrubbed = scrub_error(Counting(Basket()), KNOWN)
+
+    assert type(scrubbed).__name__ == "Counting"
+    assert str(scrubbed) == "2 items of ***"
+
+
+def test_an_error_that_is_stored_whole_has_only_copies() -> None:
+    error = Vague([placed(), SecretStr("hunter2")])
+
+    stored = pickle.dumps(scrub_error(error, KNOWN, is_stored_whole=True))
+
+    assert b"4111" not in stored
+    assert b"hunter2" not in stored
+    assert error.order[0].order_id == "7c1f"
+    assert isinstance(error.order[1], SecretStr)
+
+
+def test_a_value_that_contains_itself_is_copied_once() -> None:
+    @dataclass
+    class Node:
+        hidden: HIDDEN
+        nodes: list[Any]
+
+    node = Node("hunter2", [])
+    node.nodes += [node] * 20
+
+    assert "hunter2" not in repr(scrub_error(ValueError(node), KNOWN))
 
 
 def test_an_error_that_cannot_be_changed_is_replaced_under_its_name() -> None:
@@ -502,6 +657,149 @@ def test_a_call_is_described_when_it_is_sent(make_app: Any) -> None:
     assert app.amqp.as_task_v2("1", "unknown", ({"token": "x"},)).headers["argsrepr"] == "({'token': ***},)"
     sent = app.amqp.as_task_v1("1", pay.name, (order(),), create_sent_event=True).sent_event
     assert "4111" not in sent["args"]
+
+
+def run(app: Any, queue: str) -> list[str]:
+    """Run what is in a queue, as a pool's process does, and give the texts that Celery makes of the results."""
+    texts = []
+    with app.connection_for_read() as connection:
+        while (message := connection.default_channel.basic_get(queue, no_ack=True)) is not None:
+            request = Request(message, app=app, hostname="unit@here")
+            kinds = (request.content_type, request.content_encoding)
+            ran = trace.trace_task_ret(request.type, request.id, request.request_dict, request.body, *kinds, app=app)
+            texts.append(ran[1])
+    return texts
+
+
+@pytest.fixture
+def queue() -> str:
+    return f"redact-{uuid4().hex}"
+
+
+def test_what_a_run_sends_is_described_without_its_secrets(make_app: Any, queue: str) -> None:
+    app = make_app(task_default_queue=queue, task_send_sent_event=True)
+    sent: list[Any] = []
+    told: list[Any] = []
+
+    @app.task
+    def tail(text: str) -> str:
+        return text
+
+    @app.task(bind=True)
+    def head(self: Any, card: HIDDEN) -> str:
+        tail.delay(f"no {card}")
+        tail.apply_async((card,), shadow=f"of {card}", argsrepr=f"({card})")
+        app.send_task("nowhere.known", (card, "x" * 1010 + card), {"a": card}, queue=f"{queue}-2")
+        self.app.amqp.as_task_v1("1", "nowhere.known", (card,), create_sent_event=True)
+        told.append(self.app.amqp.as_task_v1("1", tail.name, (card,), create_sent_event=True).sent_event)
+        told.append(self.app.amqp.as_task_v2("1", tail.name, (card,), create_sent_event=True).sent_event)
+        return f"charged {card}"
+
+    def keep(headers: Any, **_: Any) -> None:
+        sent.append({name: headers[name] for name in ("shadow", "argsrepr", "kwargsrepr")})
+
+    chain(head.s("4111-1111"), tail.s())()
+    signals.before_task_publish.connect(keep)
+    try:
+        texts = run(app, queue)
+    finally:
+        signals.before_task_publish.disconnect(keep)
+
+    assert len(sent) == 4
+    assert len(texts) == 4
+    assert texts[0] == "'charged ***'"
+    assert "4111" not in repr(sent) + repr(told)
+    assert sent[1] == {"shadow": "of ***", "argsrepr": "(***)", "kwargsrepr": "{}"}
+
+
+def test_an_event_of_a_task_s_own_has_no_secrets(make_app: Any, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = make_app(task_default_queue=queue)
+    sent: list[Any] = []
+    monkeypatch.setattr(EventDispatcher, "send", lambda _, kind, **fields: sent.append((kind, fields)))
+
+    @app.task(bind=True)
+    def pay(self: Any, card: HIDDEN) -> None:
+        self.send_event("task-progress", note=f"card {card}", done=5)
+
+    pay.delay("4111-1111")
+    run(app, queue)
+
+    [(kind, fields)] = sent
+    assert kind == "task-progress"
+    assert fields["note"] == "card ***"
+    assert fields["done"] == 5
+
+
+def test_hooks_get_the_error_with_what_it_keeps(make_app: Any, queue: str) -> None:
+    app = make_app(task_default_queue=queue)
+    seen: list[Any] = []
+
+    class Refunding(Task[..., Any]):
+        def on_failure(self, exc: Any, *_: Any) -> None:
+            seen.append(exc.order)
+
+    @app.task(base=Refunding)
+    def pay(order: Order) -> int:
+        raise Placed(order)
+
+    sent = pay.delay(Order(**order()))
+    run(app, queue)
+
+    assert isinstance(seen[0], Order)
+    stored = app.backend.get(app.backend.get_key_for_task(sent.id))
+    assert json.loads(stored)["result"]["exc_type"] == "Placed"
+    assert b"4111" not in (stored if isinstance(stored, bytes) else stored.encode())
+
+
+def test_a_pickled_error_has_no_secret_in_what_it_keeps(make_app: Any, queue: str) -> None:
+    app = make_app(task_default_queue=queue, result_serializer="pickle", accept_content=["json", "pickle"])
+
+    @app.task
+    def pay(order: Order) -> int:
+        raise Vague(order)
+
+    sent = pay.delay(Order(**order(card="4111-1111")))
+    run(app, queue)
+
+    stored: Any = app.AsyncResult(sent.id).result
+    assert type(stored).__name__ == "Vague"
+    assert stored.order.order_id == "7c1f"
+    assert stored.order.card == MASK
+
+
+@pytest.mark.parametrize("serializer", ["json", "pickle", "yaml"])
+def test_a_result_can_be_stored_and_passed_on_by_any_serializer(make_app: Any, queue: str, serializer: str) -> None:
+    app = make_app(
+        task_default_queue=queue,
+        result_serializer=serializer,
+        accept_content=["json", "pickle", "yaml"],
+    )
+    seen: list[Any] = []
+
+    @app.task
+    def give(n: int) -> Any:
+        return {"n": n}
+
+    @app.task
+    def keep(given: Any, n: int = 0) -> list[Any]:
+        seen.append(given)
+        return [given]
+
+    sent = chain(give.s(1), keep.s(n=2))()
+    run(app, queue)
+
+    assert sent.get(timeout=1) == [{"n": 1}]
+    assert sent.parent.get(timeout=1) == {"n": 1}
+    assert seen == [{"n": 1}]
+
+
+def test_a_result_is_passed_on_plainly_where_it_is_told(make_app: Any) -> None:
+    app = make_app()
+
+    for make in (app.amqp.as_task_v1, app.amqp.as_task_v2):
+        body = make("1", "nowhere.known", (told({"n": 1}, look()), 2)).body
+        args = body["args"] if isinstance(body, dict) else body[0]
+        assert [type(value) for value in args] == [dict, int]
 
 
 def test_a_run_s_error_is_scrubbed_and_its_secrets_are_forgotten(app: Any) -> None:
