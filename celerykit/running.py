@@ -20,10 +20,24 @@ from celery.utils.time import maybe_iso8601
 from celerykit import context, events, redact
 from celerykit.headers import Headers
 
-__all__ = ["SECRETS", "at_hand", "connect", "facts_of", "handling", "header_of", "note", "ready_at", "travelling"]
+__all__ = [
+    "SECRETS",
+    "at_hand",
+    "at_work",
+    "connect",
+    "facts_of",
+    "handling",
+    "header_of",
+    "note",
+    "ready_at",
+    "travelling",
+]
 
 #: The headers of the message that a worker's parent process is busy with, as a request has them.
 at_hand: ContextVar[Mapping[str, Any] | None] = ContextVar("celerykit_at_hand", default=None)
+
+#: What is told of the call that runs here. Its lines have it from here, as anybody may bind anything to them.
+at_work: ContextVar[Mapping[str, Any] | None] = ContextVar("celerykit_at_work", default=None)
 
 #: A mark on the request of a running task: what binds its secret values.
 SECRETS = "celerykit_secrets"
@@ -48,6 +62,7 @@ class _Before(NamedTuple):
 
     context: Token[context.Bound | None]
     run: Token[bool]
+    work: Token[Mapping[str, Any] | None]
     all: Context
 
 
@@ -86,7 +101,7 @@ def _begin(*, task: Any, **_: Any) -> None:
     # A call in place, inside another one's run, has no key because that one has.
     shown = {**_NO_FACTS, **facts, **bound.shown} if request.is_eager else {**facts, **bound.shown}
     _contextvars().bind_contextvars(**shown)
-    setattr(request, _BEFORE, _Before(context.bind(bound), _runs.set(True), before))
+    setattr(request, _BEFORE, _Before(context.bind(bound), _runs.set(True), at_work.set(facts), before))
     if events.TASK_STARTED.is_wanted:
         events.TASK_STARTED.tell(**facts)
 
@@ -102,6 +117,7 @@ def _end(*, task: Any, **_: Any) -> None:
         _put_back(before.all)
     finally:
         _runs.reset(before.run)
+        at_work.reset(before.work)
         context.unbind(before.context)
 
 

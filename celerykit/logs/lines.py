@@ -146,7 +146,8 @@ def fields_of(record: logging.LogRecord, *, worker: str | None = None) -> Fields
     for name, value in facts.items():
         fields[f"{name}_" if name in _RESERVED else name] = value
     for name, value in context.items():
-        fields.setdefault(name, value)
+        if name not in fields:
+            fields[name] = value
     if worker is not None:
         fields.setdefault("worker", worker)
     fields["logger"] = record.name
@@ -157,7 +158,11 @@ def fields_of(record: logging.LogRecord, *, worker: str | None = None) -> Fields
 
 def is_of_call(name: str, value: Any) -> bool:
     """Tell whether it is a fact of the running call, which is no secret."""
-    return name in _OF_CALL and value is get_contextvars().get(name, ...)
+    if name not in _OF_CALL:
+        return False
+    call = running.at_work.get() if name != "correlation_id" else None
+    known = (get_contextvars() if call is None else call).get(name)
+    return type(known) is type(value) and bool(known == value)
 
 
 def _said(record: logging.LogRecord) -> tuple[str, Fields, bool]:
@@ -235,22 +240,34 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _context(facts: Mapping[str, Any]) -> Fields:
-    bound = get_contextvars()
-    if not bound.get("id") and (headers := running.at_hand.get()) is not None:
-        bound = running.facts_of(headers)
-    if not bound:
-        return bound
+    bound, call = get_contextvars(), running.at_work.get()
+    if call is None:
+        if not bound.get("id") and (headers := running.at_hand.get()) is not None:
+            bound = running.facts_of(headers)
+        call = bound
     own = facts.get("id")
-    is_of_another = own is not None and own != bound.get("id")
-    context = {name: bound[name] for name in _OF_CALL if name in bound and not (is_of_another and name in _ONE_CALLS)}
-    for name in bound.keys() - context.keys():
-        if name == "kind":
-            continue  # the event says it
+    is_of_another = own is not None and own != call.get("id")
+    context: Fields = {}
+    for name in _OF_CALL:
+        known = bound if name == "correlation_id" else call
+        if name in known and not (is_of_another and name in _ONE_CALLS):
+            context[name] = known[name]
+    for name, value in bound.items():
         if name not in _OURS:
-            context[name] = redact.MASK if redact.is_secret_name(name) else bound[name]
-        elif not is_of_another:
-            context[name] = bound[name]
+            context[name] = redact.MASK if redact.is_secret_name(name) else value
+        elif name in _NOTED:
+            if name != "kind" and not is_of_another:  # the event says the kind
+                context[name] = value
+        elif name not in context or value is not context[name]:
+            _add_bound(context, call, name, value)
     return context
+
+
+def _add_bound(context: Fields, call: Mapping[str, Any], name: str, value: Any) -> None:
+    """Have what somebody has bound under the name of a fact of the running call stand beside that."""
+    known = call.get(name)
+    if name != "correlation_id" and not (type(value) is type(known) and value == known):
+        context[f"{name}_"] = value
 
 
 #: The second that was written last, and how.

@@ -178,6 +178,27 @@ def test_what_somebody_calls_as_a_fact_of_the_call_is_called_stands_beside_it(bo
         assert "outcome" not in line
 
 
+def test_what_somebody_binds_as_a_fact_of_the_call_is_called_stands_beside_it(bound):
+    token = running.at_work.set({"task": "shop.charge", "id": ID, "attempt": 2})
+    secret = redact.bind(["4242"])
+    try:
+        bound(task="shop.charge", id=77, attempt=2, key="4242", correlation_id="c")
+        lines = [
+            told(record("paid")),
+            told(record(events.Said(events.TASK_SENT, {"id": OTHER}))),
+            told(traced(trace.LOG_SUCCESS, runtime=0.5, return_value="")),
+        ]
+    finally:
+        redact.unbind(secret)
+        running.at_work.reset(token)
+
+    assert (lines[0]["task"], lines[0]["id"], lines[0]["attempt"]) == ("shop.charge", ID, 2)
+    assert [line["id"] for line in lines] == [ID, OTHER, ID]
+    for line in lines:
+        assert (line["id_"], line["key_"], line["correlation_id"]) == (77, redact.MASK, "c")
+        assert {"key", "task_", "attempt_"}.isdisjoint(line)
+
+
 def test_where_no_call_runs_somebodys_fields_have_their_names():
     assert told(record("paid", id=77))["id"] == 77
 
