@@ -613,7 +613,7 @@ class Task(celery.Task[P, R], Generic[P, R]):
             args, kwargs = self.contract.load(args, kwargs)
             return self.contract.dump_result(super().__call__(*args, **kwargs))
         except Exception as error:
-            scrubbed = error if bound is None else scrub_error(error, bound.secrets)
+            scrubbed = error if bound is None else self._scrubbed(error, bound.secrets)
             if scrubbed is error:
                 raise
         finally:
