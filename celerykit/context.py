@@ -42,6 +42,7 @@ __all__ = [
     "check_class",
     "current",
     "is_bound",
+    "is_of_run",
     "shown_while_bound",
     "told",
     "travelling",
@@ -232,6 +233,12 @@ def unbind(token: Token[Bound | None]) -> None:
 def is_bound() -> bool:
     """Tell whether anything is in force."""
     return _bound.get() is not None
+
+
+def is_of_run() -> bool:
+    """Tell whether what is in force came with a call, which this process runs or handles."""
+    bound = _bound.get()
+    return bound is not None and bound.default_id is not None
 
 
 def current() -> Bound:

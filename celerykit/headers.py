@@ -72,7 +72,7 @@ class Attempt(NamedTuple):
         return [round(self.started, 3), round(self.waited, 3), round(self.ran, 3), *self[3:]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Headers:
     """
     The facts in our header.
@@ -145,7 +145,10 @@ class Headers:
         ours = message_headers.get(HEADER) if message_headers else None
         if not isinstance(ours, Mapping):
             return cls()
-        return cls(**{name: _READ[name](value) for name, value in ours.items() if name in _READ})
+        read = cls.__new__(cls)
+        # Past `__init__`, which would set each field by itself: this is done several times for each message.
+        vars(read).update({name: _READ[name](value) for name, value in ours.items() if name in _READ})
+        return read
 
     def added_to(self, message_headers: Mapping[str, Any] | None) -> dict[str, Any]:
         """

@@ -61,13 +61,8 @@ class _Before(NamedTuple):
     """What is put back when a run ends."""
 
     context: Token[context.Bound | None]
-    run: Token[bool]
     work: Token[Mapping[str, Any] | None]
     all: Context
-
-
-#: Whether a call runs here, whose facts are bound.
-_runs: ContextVar[bool] = ContextVar("celerykit_runs", default=False)
 
 
 def connect() -> None:
@@ -82,7 +77,7 @@ def note(**facts: Any) -> None:
 
     A retry, a snooze and a wait tell themselves by ``kind``.
     """
-    if _runs.get():
+    if context.is_of_run():
         _contextvars().bind_contextvars(**{name: value for name, value in facts.items() if value is not None})
 
 
@@ -101,7 +96,7 @@ def _begin(*, task: Any, **_: Any) -> None:
     # A call in place, inside another one's run, has no key because that one has.
     shown = {**_NO_FACTS, **facts, **bound.shown} if request.is_eager else {**facts, **bound.shown}
     _contextvars().bind_contextvars(**shown)
-    setattr(request, _BEFORE, _Before(context.bind(bound), _runs.set(True), at_work.set(facts), before))
+    setattr(request, _BEFORE, _Before(context.bind(bound), at_work.set(facts), before))
     if events.TASK_STARTED.is_wanted:
         events.TASK_STARTED.tell(**facts)
 
@@ -116,7 +111,6 @@ def _end(*, task: Any, **_: Any) -> None:
     try:
         _put_back(before.all)
     finally:
-        _runs.reset(before.run)
         at_work.reset(before.work)
         context.unbind(before.context)
 
