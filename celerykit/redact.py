@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, cast
 from urllib.parse import quote, quote_plus
 from uuid import UUID
 
+from celery.exceptions import SoftTimeLimitExceeded
 from pydantic import BaseModel
 
 from celerykit.marks import Redact, names_of
@@ -103,6 +104,8 @@ def marked_in(kind: type) -> frozenset[str]:
     """Give the names of fields that are marked in a class."""
     try:
         return names_of({"": kind}, Redact)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: any class may be logged, and its annotations may be anything)
         return frozenset()
 
@@ -385,5 +388,7 @@ def shown(value: Any) -> str:
         return MASK
     try:
         return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else repr(value)
+    except SoftTimeLimitExceeded:
+        raise
     except Exception:  # noqa: BLE001  (an edge: a repr of anybody's)
         return f"<{type(value).__name__}>"

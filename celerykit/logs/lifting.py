@@ -67,7 +67,7 @@ def _succeeded(record: LogRecord) -> tuple[Event, Facts]:
 def _to_run_again(record: LogRecord) -> tuple[Event, Facts]:
     noted = get_contextvars()
     event = _KINDS.get(noted.get("kind", ""), events.TASK_RETRY_SCHEDULED)
-    facts = {**_call(record), "outcome": _outcome(event)}
+    facts = {**_call(record), **_run_ms(noted), "outcome": _outcome(event)}
     if "error" not in noted and (found := _RETRY_IN.match(str(_data(record)["exc"]))):
         facts["error"] = found["error"]
     return event, facts
@@ -78,7 +78,7 @@ def _failed(record: LogRecord) -> tuple[Event, Facts]:
     error = record.exc_info[1] if record.exc_info else None
     is_invalid = isinstance(error, InvalidPayload) and error.task == data["name"]
     event = events.TASK_INVALID if is_invalid else events.TASK_FAILED
-    facts = {**_call(record), "outcome": _outcome(event)}
+    facts = {**_call(record), **_run_ms(get_contextvars()), "outcome": _outcome(event)}
     facts["error"] = data["exc"] if error is None else describe(error)
     if error is not None:
         facts["error_fingerprint"] = error_fingerprint(type(error).__name__, str(data["traceback"]))
@@ -86,6 +86,10 @@ def _failed(record: LogRecord) -> tuple[Event, Facts]:
     if data["internal"]:
         facts["internal"] = True
     return event, facts
+
+
+def _run_ms(noted: Mapping[str, Any]) -> Facts:
+    return {"run_ms": noted["run_ms"]} if "run_ms" in noted else {}
 
 
 def _ignored(record: LogRecord) -> tuple[Event, Facts]:

@@ -64,11 +64,15 @@ _OF_CALL = ("task", "id", "root_id", "parent_id", "correlation_id", "attempt", "
 _NOTED = ("kind", "delay", "next_attempt", "run_ms", "reason", "error_fingerprint")
 _OURS = frozenset((*_OF_CALL, *_NOTED))
 
+#: What of it stands on the line with which a run ends, and on no other.
+_OF_AN_END = ("kind", "run_ms")
+
 #: What of it belongs to that one call only. A line about another call has none of it.
 _ONE_CALLS = _OURS - {"root_id", "correlation_id", "worker"}
 
-#: What is told of a running call, and of nothing else meanwhile.
-_TAKEN = _OURS | {"outcome"}
+#: What is told of a running call, and of nothing else meanwhile; the rest only if something was noted.
+_ALWAYS_TAKEN = frozenset((*_OF_CALL, "outcome"))
+_TAKEN = _ALWAYS_TAKEN | _OURS
 
 #: What of an event can be no secret, either.
 _OPEN = frozenset((*_OF_CALL, "run_ms", "outcome", "error_fingerprint", "kind", "next_attempt", "letter", "first"))
@@ -192,7 +196,7 @@ def _beside(facts: Fields, context: Fields) -> Fields:
     beside: Fields = {}
     for name, value in facts.items():
         known = context.get(name)
-        if name == "outcome" or (known is not None and name in _OURS):
+        if name in _ALWAYS_TAKEN or (known is not None and name in _NOTED):
             if type(value) is type(known) and value == known:
                 continue  # structlog's `merge_contextvars` was before
             name = f"{name}_"
@@ -256,7 +260,7 @@ def _context(facts: Mapping[str, Any]) -> Fields:
         if name not in _OURS:
             context[name] = redact.MASK if redact.is_secret_name(name) else value
         elif name in _NOTED:
-            if name != "kind" and not is_of_another:  # the event says the kind
+            if name not in _OF_AN_END and not is_of_another:
                 context[name] = value
         elif name not in context or value is not context[name]:
             _add_bound(context, call, name, value)

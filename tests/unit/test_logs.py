@@ -162,20 +162,18 @@ def test_a_line_about_another_call_has_nothing_of_the_running_one_but_its_root(b
 
 def test_what_somebody_calls_as_a_fact_of_the_call_is_called_stands_beside_it(bound):
     bound(task="shop.charge", id=ID, attempt=2, queue="slow", tenant="acme")
-    theirs: dict[str, Any] = {"id": 77, "queue": "mine", "outcome": "succeeded", "tenant": "other"}
+    theirs: dict[str, Any] = {"id": 77, "queue": "mine", "outcome": "succeeded", "tenant": "other", "reason": "none"}
 
     lines = [
         told(record("paid", **theirs)),
         told(record("paid", data=theirs)),
-        told(
-            record({"event": "paid", "id": 77, "queue": "mine", "outcome": "succeeded", "tenant": "other"}, _logger=1)
-        ),
+        told(record({"event": "paid", **theirs}, _logger=1)),
     ]
 
     for line in lines:
         assert (line["task"], line["id"], line["attempt"], line["queue"]) == ("shop.charge", ID, 2, "slow")
         assert (line["id_"], line["queue_"], line["outcome_"], line["tenant"]) == (77, "mine", "succeeded", "other")
-        assert "outcome" not in line
+        assert ("outcome" in line, line["reason"]) == (False, "none")
 
 
 def test_what_somebody_binds_as_a_fact_of_the_call_is_called_stands_beside_it(bound):
@@ -379,6 +377,7 @@ class LateError(Exception):
 LATE_RECORDS = {
     "an argument": lambda: record("with %s", Late()),
     "a message": lambda: record(Late()),
+    "a value": lambda: record("oh", value={"deep": [Late()]}),
     "an error": lambda: record("oh", error=LateError()),
     "an exception": lambda: record("oh", exc_info=raised(LateError())),
     "an error of ours": lambda: record(events.Said(events.CLAIM_LOST, {"error": LateError()})),
@@ -393,6 +392,21 @@ def test_a_soft_time_limit_passes_through_a_line(what, kind):
 
     with pytest.raises(SoftTimeLimitExceeded):
         logs.Formatter(kind).format(late)
+
+
+def test_a_soft_time_limit_leaves_no_class_without_its_marks(monkeypatch):
+    class Pin(BaseModel):
+        digits: Annotated[str, Redact()]
+
+    def names_of(*_: Any) -> Any:
+        raise SoftTimeLimitExceeded
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redact, "names_of", names_of)
+        with pytest.raises(SoftTimeLimitExceeded):
+            told(record("paid", code=Pin(digits="4242")))
+
+    assert told(record("paid", code=Pin(digits="4242")))["code"] == {"digits": redact.MASK}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "stream", "file"])
@@ -583,12 +597,13 @@ def test_what_failed_with_an_error_that_cannot_be_written_has_failed_all_the_sam
 
 
 def test_the_kind_of_a_retry_is_what_was_noted(bound):
-    bound(id=ID, kind="snooze", delay=5.0, next_attempt=1)
+    bound(id=ID, kind="snooze", delay=5.0, next_attempt=1, run_ms=12.3)
 
     line = told(traced(trace.LOG_RETRY, exc="Retry in 5s"))
 
-    assert (line["event"], line["delay"]) == ("task.snoozed", 5.0)
+    assert (line["event"], line["delay"], line["run_ms"]) == ("task.snoozed", 5.0, 12.3)
     assert "kind" not in line
+    assert "run_ms" not in told(record("in a hook"))
 
 
 def test_what_broke_a_run_off_is_told_of_its_call():
