@@ -15,7 +15,8 @@ from celery.utils.log import get_task_logger
 
 from celerykit import Backoff, CeleryKit, Retry
 
-app = CeleryKit("logs")
+#: Not the current app of a test process, whose other tests may read its settings before these are made.
+app = CeleryKit("logs", set_as_current=False)
 
 
 @app.task
