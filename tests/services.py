@@ -89,21 +89,21 @@ def valkey(*, port: int | None = None, fsync: Fsync | None = None, folder: Path 
 
 
 @contextmanager
-def rabbitmq() -> Iterator[RabbitMQ]:
-    """Run a RabbitMQ node without plug-ins. It takes about five seconds to start: share it."""
+def rabbitmq(*, with_management: bool = False) -> Iterator[RabbitMQ]:
+    """Run a RabbitMQ node, without plug-ins but for the one. It takes about five seconds to start: share it."""
     server = _RABBITMQ if Path(_RABBITMQ).exists() else shutil.which("rabbitmq-server")
     epmd = shutil.which("epmd")
     if server is None or epmd is None:
         missing("RabbitMQ", get_it_with="apt-get install rabbitmq-server")
     folder = Path(tempfile.mkdtemp(prefix="celerykit-rabbitmq-"))
-    broker = RabbitMQ(server, epmd=epmd, folder=folder)
+    broker = RabbitMQ(server, epmd=epmd, folder=folder, with_management=with_management)
     try:
         try:
             broker.start()
         except ServerFailed:
             # Somebody may have taken a port since it was found free.
             broker.kill()
-            broker = RabbitMQ(server, epmd=epmd, folder=folder)
+            broker = RabbitMQ(server, epmd=epmd, folder=folder, with_management=with_management)
             broker.start()
         yield broker
     finally:
@@ -121,10 +121,15 @@ class RabbitMQ:
     Attributes:
         url:
             For ``broker_url``. The same after `stop` and `start`.
+
+        management_url:
+            Of the management plug-in, or nothing.
     """
 
-    def __init__(self, server: str, *, epmd: str, folder: Path) -> None:
+    def __init__(self, server: str, *, epmd: str, folder: Path, with_management: bool = False) -> None:
         self.port = free_port()
+        self._management_port = free_port() if with_management else None
+        self.management_url = f"http://guest:guest@127.0.0.1:{self._management_port}" if with_management else ""
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
         self._epmd_port = free_port()
         self._nodes_port = free_port()
@@ -176,11 +181,12 @@ class RabbitMQ:
 
     def _environment(self) -> dict[str, str]:
         folder = self._folder
-        (folder / "plugins").write_text("[].\n")
+        (folder / "plugins").write_text("[rabbitmq_management].\n" if self._management_port else "[].\n")
         (folder / "environment").write_text("")
-        (folder / "rabbitmq.conf").write_text(
-            f"listeners.tcp.default = 127.0.0.1:{self.port}\ndisk_free_limit.absolute = 10MB\n"
-        )
+        conf = [f"listeners.tcp.default = 127.0.0.1:{self.port}", "disk_free_limit.absolute = 10MB"]
+        if self._management_port:
+            conf += ["management.tcp.ip = 127.0.0.1", f"management.tcp.port = {self._management_port}"]
+        (folder / "rabbitmq.conf").write_text("".join(f"{line}\n" for line in conf))
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RABBITMQ_")}
         return inherited | {
             "HOME": str(folder),  # of the Erlang cookie
