@@ -28,11 +28,10 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from celerykit import events
+from celerykit import events, masks
 from celerykit.errors import InvalidOptions
 from celerykit.fields import Fields
 from celerykit.marks import Redact, names_of
-from celerykit.masks import MASK
 
 __all__ = [
     "Bound",
@@ -423,11 +422,16 @@ def _fitting(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(kind: type[Context], written: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {name: MASK if name in kind._masked else value for name, value in written.items()}
+    shown = {name: masks.MASK if name in kind._masked else _told(value) for name, value in written.items()}
     if traceparent := shown.pop("traceparent", None):
         # What log and trace viewers look for.
         shown["trace_id"] = traceparent.split("-")[1]
     return shown
+
+
+def _told(value: Any) -> Any:
+    """Mask what is called a secret within a value; lines mask by the names of their fields."""
+    return masks.shown("", value) if isinstance(value, dict | list) else value
 
 
 # Picking up

@@ -103,6 +103,15 @@ def test_a_marked_field_travels_and_is_not_shown() -> None:
         assert structlog.contextvars.get_contextvars()["session"] == "***"
 
 
+def test_what_is_called_a_secret_within_a_field_is_not_shown() -> None:
+    class Wide(Context):
+        of_user: dict[str, str] | None = None
+
+    with Wide.bound(of_user={"name": "ann", "token": "s3cret"}):
+        assert context.travelling() == {"of_user": {"name": "ann", "token": "s3cret"}}
+        assert structlog.contextvars.get_contextvars()["of_user"] == {"name": "ann", "token": "***"}
+
+
 def test_a_block_that_is_left_in_another_context_harms_nobody() -> None:
     """Web frameworks run the two ends of a dependency on two threads."""
     block = ShopContext.bound(tenant="acme")
