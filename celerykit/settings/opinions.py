@@ -103,7 +103,8 @@ OPINIONS = (
         "worker_prefetch_multiplier",
         1,
         "With late acks every message a worker holds is one that others cannot have, and one that is "
-        "delivered again when the worker dies.",
+        "delivered again when the worker dies. Not on gevent and eventlet, where Celery looks for a message once a "
+        "second when a place becomes free: there it is Celery's 4.",
     ),
     Opinion(
         "worker_soft_shutdown_timeout",

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from billiard.pool import CLOSE
 from celery import bootsteps, signals
-from celery.concurrency import prefork
+from celery.concurrency import get_implementation, prefork
 from celery.concurrency import solo as solo_pool
 from celery.concurrency.base import BasePool
 from celery.utils import threads
@@ -34,6 +34,7 @@ from kombu.transport import virtual
 
 from celerykit import events
 from celerykit.logs import banners
+from celerykit.settings import FROM_KIT
 
 __all__ = ["TaskPool", "Worker", "cancel_active_requests", "may_start"]
 
@@ -142,8 +143,20 @@ class Worker(banners.Worker):
     then cut off as by SIGQUIT.
     """
 
+    prefetch_multiplier: int
+
     is_ending = is_cutting_off = False
     _is_timed = _is_overdue = _was_patient = False
+
+    def setup_defaults(self, **told: Any) -> None:
+        """Take what the worker was told, or the settings; on green threads, as many messages ahead as Celery does."""
+        super().setup_defaults(**told)
+        settings, name = self.app.settings, "worker_prefetch_multiplier"
+        # The command line hands over the setting where nobody gave its option.
+        is_ours = settings.sources.get(name) == FROM_KIT and self.prefetch_multiplier == settings.celery[name]
+        if is_ours and get_implementation(self.pool_cls).is_green:
+            # Celery looks for messages once a second there when a place becomes free: one ahead is one a second.
+            self.prefetch_multiplier = settings.defaults[name]
 
     @property
     def grace(self) -> float | None:

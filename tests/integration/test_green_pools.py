@@ -34,3 +34,21 @@ def test_what_fails_is_buried_and_the_next_task_runs(
 
     [letter] = shop.app.dead_letters.find(id=dead.id)
     assert (letter.note.reason, letter.note.attempts) == ("failed", 3)
+
+
+@pytest.mark.parametrize("pool", ["gevent", "eventlet"])
+def test_a_place_that_becomes_free_does_not_wait_a_second_for_its_next_call(
+    pool: str, broker: Server, environment: dict[str, str]
+) -> None:
+    """
+    With one message ahead for each place, Celery takes one a second there: these would be ten seconds.
+    """
+    from tests.integration import retry_shop as shop
+
+    queue = f"{pool}-fast"
+    shop.app.conf.update(broker_url=broker.url, result_backend=broker.backend_url)
+    env = {**environment, "CELERY_TASK_DEFAULT_QUEUE": queue}
+    with services.worker(SHOP, url=broker.url, env=env, pool=pool, concurrency=2, cwd=ROOT):
+        sent = [shop.doubled.using(queue=queue).delay(number) for number in range(20)]
+
+        assert [result.get(timeout=7) for result in sent] == [2 * number for number in range(20)]
