@@ -12,6 +12,7 @@ Not bounded: how long the operating system takes to find the address of a host.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
@@ -32,6 +33,10 @@ from celerykit.deadline import DeadlinePassed, DeadlineSocket
 __all__ = ["Connection", "Producer", "ProducerPool", "Unroutable", "ending_client", "keeps_to_deadline"]
 
 
+#: How long others have their turn while Kombu waits, in seconds.
+_TURN = 0.05
+
+
 class Unroutable(Exception):
     """RabbitMQ has no queue for a message that must have one."""
 
@@ -49,6 +54,22 @@ class Connection(kombu.Connection):
     def Pool(self, limit: int | None = None, **kwargs: Any) -> Any:  # noqa: N802  (Kombu's name)
         """Make a pool of such connections."""
         return _ConnectionPool(cast("Any", self), limit, **kwargs)
+
+    def ensure_connection(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Connect, and try again, as Kombu does, which calls a worker's *callback* about once a second meanwhile.
+
+        Kombu's own `sleep` is from before gevent or eventlet took its place, and would hold all greenlets up until
+        the broker is back.
+        """
+        if callback := kwargs.get("callback"):
+            kwargs["callback"] = partial(_yielding, callback)
+        return super().ensure_connection(*args, **kwargs)
+
+
+def _yielding(callback: Callable[[], Any]) -> None:
+    callback()
+    time.sleep(_TURN)
 
 
 class _PooledConnection(Connection, kombu.connection.PooledConnection):

@@ -27,7 +27,7 @@ class ShopContext(Context):
     tenant: str | None = None
 
 
-app = CeleryKit("correlation", context=ShopContext)
+app = CeleryKit("correlation", context=ShopContext, set_as_current=False)
 app.conf.task_default_queue = "correlation"
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, SecretStr
 
 from celerykit import Backoff, CeleryKit, Redact, Retry, Snooze
 
-app = CeleryKit("tests.integration.flower_shop")
+app = CeleryKit("tests.integration.flower_shop", set_as_current=False)
 
 
 class Order(BaseModel):

@@ -14,7 +14,7 @@ from prometheus_client import Counter
 
 from celerykit import CeleryKit, Snooze, Task, metrics
 
-app = CeleryKit("tests.integration.metrics_shop")
+app = CeleryKit("tests.integration.metrics_shop", set_as_current=False)
 
 # As a module does that a website imports, too.
 metrics.enable(app)

@@ -23,7 +23,7 @@ def planted(where: str) -> str:
     return f"planted'{where}\"/ä %s\n at the very zzend"
 
 
-app = CeleryKit("tests.integration.redaction_shop")
+app = CeleryKit("tests.integration.redaction_shop", set_as_current=False)
 app.conf.update(
     task_default_queue="redaction",
     result_extended=True,
